@@ -1,0 +1,111 @@
+"""Every check of the project: `nox -l` lists them, `nox -s NAME` runs one."""
+
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from zipfile import ZipFile
+
+import nox
+
+ROOT = Path(__file__).resolve().parent
+CONSTRAINTS = ROOT / "constraints.txt"
+DEV = ROOT / ".nox" / "dev"
+
+nox.options.default_venv_backend = "venv"
+nox.options.sessions = ["lint", "types", "tests", "docs", "build"]
+
+
+def run_in_dev(session: nox.Session, *command: str, **env: str) -> None:
+    """Run `command` in the one environment that all sessions but `build` share."""
+    path = os.pathsep.join([str(DEV / "bin"), os.environ.get("PATH", "")])
+    env = {**env, "PATH": path, "VIRTUAL_ENV": str(DEV)}
+    update_dev(session, env)
+    session.run(str(DEV / "bin" / command[0]), *command[1:], env=env, external=True)
+
+
+def update_dev(session: nox.Session, env: dict[str, str]) -> None:
+    """Install into the shared environment, unless its stamp says that it is current."""
+    # A moved checkout or another Python leaves scripts that point nowhere: start afresh.
+    origin = f"{sys.version} {sys.base_prefix} {DEV}"
+    inputs = b"".join(path.read_bytes() for path in (ROOT / "pyproject.toml", CONSTRAINTS))
+    current = [origin, hashlib.sha256(inputs).hexdigest()]
+    stamp = DEV / "installed.txt"
+    found = stamp.read_text().splitlines() if stamp.exists() else []
+    if found == current:
+        return
+    if found[:1] != current[:1]:
+        session.run(sys.executable, "-m", "venv", "--clear", str(DEV), external=True)
+    stamp.write_text(origin)  # an install cut short must not look finished
+    pip = [str(DEV / "bin" / "python"), "-m", "pip", "install", "-q", "-c", str(CONSTRAINTS)]
+    session.run(*pip, "-e", f"{ROOT}[dev]", env=env, external=True)
+    stamp.write_text("\n".join(current))
+
+
+@nox.session(venv_backend="none")
+def demo(session: nox.Session) -> None:
+    """Train the digits example; arguments after `--` go to it."""
+    run_in_dev(session, "python", "examples/digits.py", "fit", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def tests(session: nox.Session) -> None:
+    """Run the tests; arguments after `--` go to pytest."""
+    # One thread each: ranks started side by side would otherwise fight over the cores.
+    run_in_dev(session, "python", "-m", "pytest", *session.posargs, OMP_NUM_THREADS="1")
+
+
+@nox.session(venv_backend="none")
+def lint(session: nox.Session) -> None:
+    """Check style and formatting with ruff."""
+    run_in_dev(session, "ruff", "check", *session.posargs)
+    run_in_dev(session, "ruff", "format", "--check", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def types(session: nox.Session) -> None:
+    """Check types with mypy."""
+    run_in_dev(session, "mypy", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def docs(session: nox.Session) -> None:
+    """Build the documentation into site/; a warning is an error."""
+    quiet = {"NO_MKDOCS_2_WARNING": "1"}  # the theme's own news, not a warning of this build
+    run_in_dev(session, "mkdocs", "build", "--strict", "--site-dir", "site", **quiet)
+
+
+IMPORT_CHECK = """
+import sys, dream_trainer
+heavy = {"torch", "lightning"} & set(sys.modules)
+assert not heavy, f"import dream_trainer loads {heavy}"
+for name in dream_trainer.__all__:
+    getattr(dream_trainer, name)
+print(len(dream_trainer.__all__), "public names from", dream_trainer.__file__)
+"""
+
+
+@nox.session(reuse_venv=False)
+def build(session: nox.Session) -> None:
+    """Build sdist and wheel into dist/, then use the wheel where no checkout is near."""
+    session.install("-q", "-c", str(CONSTRAINTS), "build")
+    shutil.rmtree(ROOT / "dist", ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", "dist")  # the wheel from the sdist
+    (wheel,) = (ROOT / "dist").glob("*.whl")
+
+    # An ignore pattern can swallow a source folder; only the built wheel shows it.
+    package = ROOT / "src" / "dream_trainer"
+    sources = {path.relative_to(ROOT / "src").as_posix() for path in package.rglob("*.py")}
+    missing = (sources | {"dream_trainer/py.typed"}) - set(ZipFile(wheel).namelist())
+    if missing:
+        session.error(f"not in {wheel.name}: {', '.join(sorted(missing))}")
+
+    with tempfile.TemporaryDirectory() as folder, session.chdir(folder):
+        session.run("python", "-m", "venv", "clean")
+        python = str(Path(folder, "clean", "bin", "python"))
+        pip = [python, "-m", "pip", "install", "-q", "-c", str(CONSTRAINTS)]
+        session.run(*pip, str(wheel), external=True)
+        session.run(python, "-I", "-c", IMPORT_CHECK, external=True)
+        session.run(str(Path(folder, "clean", "bin", "dream-trainer")), "--help", external=True)

@@ -1,0 +1,92 @@
+"""The trainer layer that Lightning Fabric never had.
+
+Public names load on first use, so ``import dream_trainer`` costs neither torch nor lightning.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dream_trainer.callbacks import (
+        Callback,
+        CheckpointCallback,
+        LearningRateMonitor,
+        MetricLogger,
+        ProgressBar,
+    )
+    from dream_trainer.checkpointing import Checkpointer
+    from dream_trainer.cli import DreamCLI
+    from dream_trainer.configs import CheckpointParameters, DeviceParameters, TrainingParameters
+    from dream_trainer.data import ResumableLoader
+    from dream_trainer.trainer import (
+        AbstractTrainer,
+        AbstractTrainerConfig,
+        BaseTrainer,
+        BaseTrainerConfig,
+        DreamTrainer,
+        DreamTrainerConfig,
+    )
+    from dream_trainer.world import DreamFabric, DreamWorld, MeshStrategy
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "callbacks": (
+        "Callback",
+        "CheckpointCallback",
+        "LearningRateMonitor",
+        "MetricLogger",
+        "ProgressBar",
+    ),
+    "checkpointing": ("Checkpointer",),
+    "cli": ("DreamCLI",),
+    "configs": ("CheckpointParameters", "DeviceParameters", "TrainingParameters"),
+    "data": ("ResumableLoader",),
+    "trainer": (
+        "AbstractTrainer",
+        "AbstractTrainerConfig",
+        "BaseTrainer",
+        "BaseTrainerConfig",
+        "DreamTrainer",
+        "DreamTrainerConfig",
+    ),
+    "world": ("DreamFabric", "DreamWorld", "MeshStrategy"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "AbstractTrainer",
+    "AbstractTrainerConfig",
+    "BaseTrainer",
+    "BaseTrainerConfig",
+    "Callback",
+    "CheckpointCallback",
+    "CheckpointParameters",
+    "Checkpointer",
+    "DeviceParameters",
+    "DreamCLI",
+    "DreamFabric",
+    "DreamTrainer",
+    "DreamTrainerConfig",
+    "DreamWorld",
+    "LearningRateMonitor",
+    "MeshStrategy",
+    "MetricLogger",
+    "ProgressBar",
+    "ResumableLoader",
+    "TrainingParameters",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

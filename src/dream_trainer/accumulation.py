@@ -1,0 +1,132 @@
+"""One accumulation window: which batches share a step, and with what weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Weight = Tensor | float | int
+
+
+class SampleCounts(Protocol):
+    """What a window asks of the loader."""
+
+    num_samples: int | None
+    num_samples_all_ranks: int | None
+    is_last: bool | None
+
+    def num_samples_ahead(self, num_batches: int) -> list[int] | None:
+        """Samples over all ranks in each of the next batches."""
+
+
+class AccumulationWindow:
+    """Scales losses so that a step's gradient is a mean over its whole window.
+
+    Every sample of the window counts the same, over all batches and ranks; where the loader
+    cannot count samples, every batch does. With weights of the user's own, the gradient is the
+    weighted mean, normalised at the step, when the sum of weights is known.
+
+    Args:
+        size: batches per window.
+        dp_size: data-parallel ranks; gradients are averaged over them by the strategy.
+        sum_over_ranks: all-reduce of a tensor; called once per weighted step.
+    """
+
+    def __init__(self, size: int, dp_size: int, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
+        self.size = size
+        self._dp_size, self._sum_over_ranks = dp_size, sum_over_ranks
+        self._planned = size
+        self._num_batches = 0
+        self._num_samples: int | None = None
+        self._scale = 1.0
+        self._is_filler = False
+        self.is_accumulating = False
+        self._weights: list[Weight] = []
+        self._num_backwards = self._num_backwards_stepped = 0
+        self._is_weighted: bool | None = None
+        self._steps: dict[str, int] = {}
+
+    def start_batch(self, loader: SampleCounts) -> None:
+        """A batch was handed out; ``training_step`` comes next."""
+        if self._num_batches == 0:
+            self._plan(loader)
+        self._num_batches += 1
+        self._num_backwards = self._num_backwards_stepped = 0
+        self._steps.clear()
+        self._is_filler = loader.num_samples == 0
+        if self._num_samples is None or loader.num_samples is None:
+            self._scale = 1.0 / self._planned
+        else:
+            self._scale = loader.num_samples * self._dp_size / self._num_samples
+        self.is_accumulating = self._num_batches < self._planned and not loader.is_last
+
+    def finish_batch(self) -> bool:
+        """``training_step`` is over.
+
+        Returns:
+            Whether this batch ended its window.
+        """
+        if self.is_accumulating:
+            return False
+        self._num_batches = 0
+        self._weights.clear()
+        self._is_weighted = None
+        return True
+
+    def scaled(self, loss: Tensor, weight: Weight | None) -> Tensor:
+        """The loss to call backward on.
+
+        Raises:
+            ValueError: weights are given for some losses of the window and not for others.
+        """
+        if self._is_weighted is None:
+            self._is_weighted = weight is not None
+        elif self._is_weighted != (weight is not None):
+            raise ValueError(
+                "backward() got a weight for some losses of an accumulation window only. "
+                "Pass a weight every time, or never."
+            )
+        if weight is None:
+            return loss if self._scale == 1.0 else loss * self._scale
+        if self._is_filler:
+            weight = weight * 0
+        if self._num_backwards == len(self._weights):
+            self._weights.append(weight)
+        else:
+            self._weights[self._num_backwards] += weight
+        self._num_backwards += 1
+        return loss * weight
+
+    def gradient_factor(self, device: torch.device) -> Tensor | float | None:
+        """What a step multiplies its gradients by; None where they are right already.
+
+        The backward calls since the previous step of this batch belong to this step.
+        """
+        if not self._is_weighted:
+            # Planned longer than the data went on: the loader could not tell its length.
+            is_short = self._num_samples is None and 0 < self._num_batches < self._planned
+            return self._planned / self._num_batches if is_short else None
+        mine = self._weights[self._num_backwards_stepped : self._num_backwards]
+        self._num_backwards_stepped = self._num_backwards
+        total = torch.stack([torch.as_tensor(w, device=device).float() for w in mine]).mean()
+        return self._dp_size / self._sum_over_ranks(total.detach())
+
+    def count_step(self, optimizer: str) -> bool:
+        """An optimizer stepped.
+
+        Returns:
+            Whether this is a new step of the run: optimizers that step side by side count once.
+        """
+        before = max(self._steps.values(), default=0)
+        self._steps[optimizer] = self._steps.get(optimizer, 0) + 1
+        return self._steps[optimizer] > before
+
+    def _plan(self, loader: SampleCounts) -> None:
+        self._planned, self._num_samples = self.size, loader.num_samples_all_ranks
+        if self.size > 1 and self._num_samples is not None:
+            ahead: Sequence[int] = loader.num_samples_ahead(self.size - 1) or ()
+            self._planned = 1 + len(ahead)
+            self._num_samples += sum(ahead)

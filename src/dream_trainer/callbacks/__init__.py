@@ -1,0 +1,18 @@
+"""Callbacks: code that runs at named moments of a run."""
+
+from dream_trainer.callbacks.callback import HOOKS, Callback
+from dream_trainer.callbacks.callback_list import CallbackList
+from dream_trainer.callbacks.checkpoint import CheckpointCallback
+from dream_trainer.callbacks.learning_rate import LearningRateMonitor
+from dream_trainer.callbacks.metric_logger import MetricLogger
+from dream_trainer.callbacks.progress_bar import ProgressBar
+
+__all__ = [
+    "HOOKS",
+    "Callback",
+    "CallbackList",
+    "CheckpointCallback",
+    "LearningRateMonitor",
+    "MetricLogger",
+    "ProgressBar",
+]

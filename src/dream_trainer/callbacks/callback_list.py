@@ -1,0 +1,88 @@
+"""CallbackList: calls the hooks that someone overrides, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from dream_trainer.callbacks.callback import HOOKS, Callback
+from dream_trainer.errors import ConfigError
+
+
+class CallbackList(Callback):
+    """Callbacks by name, called in order. Has every hook of :class:`Callback` itself.
+
+    Which callback overrides which hook is found out once, here: calling a hook that nobody
+    overrides is one empty function.
+
+    Args:
+        callbacks: name -> callback; None leaves a name out.
+        foreign: objects of any class, registered on a ``Fabric``; they are called for the hooks
+            they happen to define.
+
+    Raises:
+        ConfigError: a value is no callback.
+    """
+
+    def __init__(
+        self, callbacks: Mapping[str, Callback | None], foreign: Iterable[object] = ()
+    ) -> None:
+        self._callbacks = {name: one for name, one in callbacks.items() if one is not None}
+        problems = [
+            f"{name} is a {type(one).__name__}"
+            for name, one in self._callbacks.items()
+            if not isinstance(one, Callback)
+        ]
+        if problems:
+            raise ConfigError("callbacks", problems, "Derive it from dream_trainer.Callback.")
+        foreign = list(foreign)
+        for hook in HOOKS:
+            listeners = [
+                getattr(one, hook)
+                for one in self._callbacks.values()
+                if getattr(type(one), hook) is not getattr(Callback, hook)
+            ]
+            others = (getattr(one, hook, None) for one in foreign if not isinstance(one, Callback))
+            listeners += [method for method in others if callable(method)]
+            setattr(self, hook, _dispatcher(listeners))
+
+    def __getitem__(self, name: str) -> Callback:
+        return self._callbacks[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._callbacks
+
+    def __iter__(self) -> Any:
+        return iter(self._callbacks)
+
+    def __len__(self) -> int:
+        return len(self._callbacks)
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the callbacks that have one, by name."""
+        return {
+            name: one.state_dict()
+            for name, one in self._callbacks.items()
+            if hasattr(one, "state_dict")
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore the callbacks that have a state in ``state_dict``."""
+        for name, one in self._callbacks.items():
+            if name in state_dict and hasattr(one, "load_state_dict"):
+                one.load_state_dict(state_dict[name])
+
+
+def _dispatcher(listeners: list[Callable[..., None]]) -> Callable[..., None]:
+    if len(listeners) == 1:
+        return listeners[0]
+
+    def call(*args: Any) -> None:
+        for listener in listeners:
+            listener(*args)
+
+    return call if listeners else _nothing
+
+
+def _nothing(*args: Any) -> None:
+    pass

@@ -1,0 +1,87 @@
+"""CheckpointCallback: saves when the triggers of CheckpointParameters say so."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from dream_trainer.callbacks.callback import Callback
+
+if TYPE_CHECKING:
+    from dream_trainer.trainer.base import BaseTrainer
+
+
+class CheckpointCallback(Callback):
+    """Saves every n steps, epochs or minutes, and at the end of the run.
+
+    Args:
+        clock: seconds from any start; rank 0's decides for all.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._last_time = 0.0
+        self._saved_at: tuple[int, int, bool] | None = None
+        self._results: tuple[int, Mapping[str, float]] = (-1, {})
+
+    def pre_fit(self, trainer: BaseTrainer) -> None:
+        """Start the clock."""
+        self._last_time = self._clock()
+        self._saved_at = self._place(trainer) if trainer.is_resumed else None
+
+    def post_validation_epoch(self, trainer: BaseTrainer, results: Mapping[str, float]) -> None:
+        """Remember the monitored value."""
+        self._results = (trainer.global_step, results)
+        monitor = trainer.checkpoint_parameters.monitor
+        if monitor is not None and monitor not in results:
+            warnings.warn(
+                f"checkpoint_parameters.monitor={monitor!r} is not among the validation results "
+                f"({', '.join(results) or 'none'}); no checkpoint counts as best.",
+                stacklevel=2,
+            )
+
+    def on_boundary(self, trainer: BaseTrainer) -> None:
+        """Save if a trigger is due."""
+        if self._is_due(trainer):
+            self._save(trainer)
+
+    def post_fit(self, trainer: BaseTrainer) -> None:
+        """Save the end of the run, unless it is saved already."""
+        if trainer.writes_run_directory and self._saved_at != self._place(trainer):
+            self._save(trainer)
+
+    def _is_due(self, trainer: BaseTrainer) -> bool:
+        parameters, progress = trainer.checkpoint_parameters, trainer.progress
+        if not parameters.enable or self._saved_at == self._place(trainer):
+            return False
+        every_steps, every_epochs = parameters.every_n_steps, parameters.every_n_epochs
+        is_due = (
+            progress.epoch % every_epochs == 0
+            if not progress.in_epoch and every_epochs
+            else bool(every_steps) and progress.num_steps % every_steps == 0
+        )
+        if parameters.every_n_minutes is not None:
+            # Ranks' clocks differ; acting on their own they would wait for each other for ever.
+            # Costs a broadcast per step, with this trigger only.
+            passed = self._clock() - self._last_time
+            is_due |= trainer.world.broadcast(passed >= 60 * parameters.every_n_minutes)
+        return bool(is_due)
+
+    def _save(self, trainer: BaseTrainer) -> None:
+        step, results = self._results
+        monitor = trainer.checkpoint_parameters.monitor
+        value: Any = results.get(monitor) if monitor and step == trainer.global_step else None
+        trainer.checkpointer.save(
+            trainer.checked_state_dict(),
+            step=trainer.global_step,
+            epoch=trainer.current_epoch,
+            monitored=None if value is None else float(value),
+        )
+        self._saved_at = self._place(trainer)
+        self._last_time = self._clock()
+
+    def _place(self, trainer: BaseTrainer) -> tuple[int, int, bool]:
+        progress = trainer.progress
+        return progress.num_steps, progress.epoch, progress.in_epoch

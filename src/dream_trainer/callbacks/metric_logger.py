@@ -1,0 +1,124 @@
+"""MetricLogger: what the steps return and log, into the exact JSONL log and any logger."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from dream_trainer.callbacks.callback import Callback
+from dream_trainer.errors import NonFiniteError
+from dream_trainer.loggers import JsonlLog
+from dream_trainer.metrics import Observations, merge_ranks, totals
+
+if TYPE_CHECKING:
+    from dream_trainer.trainer.base import BaseTrainer
+
+_WATCHED = ("train/loss", "train/grad_norm")
+
+
+class MetricLogger(Callback):
+    """Writes a row per logged step, epoch and validation.
+
+    Values stay on the device until a flush, which moves all of them at once and averages over
+    ranks; when the flush happens does not change what is written. A loss or gradient norm that
+    is not finite raises there.
+
+    Args:
+        every_n_steps: log every n-th step.
+        flush_every_n_rows: rows kept before they are moved and written.
+
+    Raises:
+        NonFiniteError: at a flush, naming the step.
+    """
+
+    def __init__(self, every_n_steps: int = 1, flush_every_n_rows: int = 50) -> None:
+        self.every_n_steps = every_n_steps
+        self.flush_every_n_rows = flush_every_n_rows
+        self._pending: list[tuple[dict[str, Any], Observations]] = []
+        self._log: JsonlLog | None = None
+        self._size = 0
+
+    def pre_fit(self, trainer: BaseTrainer) -> None:
+        """Open the log and cut what a killed run wrote after its last checkpoint."""
+        if trainer.world.is_global_zero and trainer.writes_run_directory:
+            self._log = JsonlLog(trainer.run_directory / "metrics.jsonl")
+            self._log.cut(self._size)
+
+    def post_train_step(
+        self, trainer: BaseTrainer, result: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Take the values of a finished step."""
+        if trainer.is_accumulating_gradients:
+            return
+        values = trainer.logged.take()
+        if values and trainer.global_step % self.every_n_steps == 0:
+            self._pending.append((self._place(trainer), values))
+        if len(self._pending) >= self.flush_every_n_rows:
+            self.flush(trainer)
+
+    def post_train_epoch(self, trainer: BaseTrainer) -> None:
+        """Add the metrics of the training epoch."""
+        results = trainer.metrics.compute("train")
+        if results:
+            self._pending.append((self._place(trainer), _exact(results)))
+        self.flush(trainer)
+
+    def post_validation_epoch(self, trainer: BaseTrainer, results: Mapping[str, float]) -> None:
+        """Add the results of a validation that belongs to the run."""
+        if trainer.is_fitting:
+            self._pending.append((self._place(trainer), _exact(results)))
+            self.flush(trainer)
+
+    def close(self, trainer: BaseTrainer) -> None:
+        """Close the log."""
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def flush(self, trainer: BaseTrainer) -> None:
+        """Move, average and write what is pending. On every rank; a host synchronisation."""
+        if not self._pending:
+            return
+        pending, self._pending = self._pending, []
+        parts = trainer.world.all_gather_object(totals(row for _, row in pending))
+        rows = [
+            place | merge_ranks([part[index] for part in parts])
+            for index, (place, _) in enumerate(pending)
+        ]
+        self._write(trainer, rows)
+        for row in rows:
+            for name in _WATCHED:
+                if not math.isfinite(row.get(name, 0.0)):
+                    raise NonFiniteError(
+                        f"{name} is {row[name]} at step {row['step']} (epoch {row['epoch']}). "
+                        "Lower the learning rate, set gradient_clip_val, or set "
+                        "detect_anomaly=True to find the operation."
+                    )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Length of the log. Pending rows must have been flushed."""
+        return {"size": self._size}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Remember where to cut the log."""
+        self._size = state_dict["size"]
+        self._pending.clear()
+
+    def _write(self, trainer: BaseTrainer, rows: list[dict[str, Any]]) -> None:
+        if not trainer.world.is_global_zero:
+            return
+        if self._log is not None:
+            self._log.write(rows)
+            self._size = self._log.size
+        for logger in trainer.loggers.values():
+            for row in rows:
+                metrics = {k: v for k, v in row.items() if k not in ("step", "epoch")}
+                logger.log_metrics(metrics | {"epoch": row["epoch"]}, step=row["step"])
+
+    def _place(self, trainer: BaseTrainer) -> dict[str, Any]:
+        return {"step": trainer.global_step, "epoch": trainer.current_epoch}
+
+
+def _exact(results: Mapping[str, float]) -> Observations:
+    return {name: [(value, 1.0)] for name, value in results.items()}

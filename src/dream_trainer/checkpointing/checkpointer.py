@@ -1,0 +1,239 @@
+"""Checkpointer: a run's state to disk and back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dream_trainer.checkpointing.store import CheckpointStore, StoredCheckpoint
+from dream_trainer.configs import CheckpointParameters
+from dream_trainer.errors import CheckpointError, ConfigError
+from dream_trainer.storage import Like, Manifest, read_tree, save_directory
+from dream_trainer.world import DreamWorld
+
+#: Parts of a state that differ from rank to rank; the rest is the same on every rank, or
+#: sharded over them.
+LOCAL = (("rng",), ("dataloaders",), ("trainer", "metrics"))
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """A state that was read, and where from."""
+
+    state: dict[str, Any]
+    manifest: Manifest
+    path: Path
+
+
+class Checkpointer:
+    """Saves states as checkpoints of one format, whatever the strategy, and finds them again.
+
+    A checkpoint is written beside, synced, verified by its manifest and renamed; killed at any
+    instant a save leaves the old set, or the old set and a whole new one. Every method is
+    called on every rank.
+
+    Args:
+        directory: where the checkpoints are, ``runs/.../checkpoints``.
+        world: ranks and collectives; the default is one process.
+        parameters: retention.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        world: DreamWorld | None = None,
+        parameters: CheckpointParameters | None = None,
+    ) -> None:
+        self.world = world if world is not None else DreamWorld()
+        self.parameters = parameters if parameters is not None else CheckpointParameters()
+        self.store = CheckpointStore(Path(directory))
+
+    def save(
+        self,
+        state: Mapping[str, Any],
+        *,
+        step: int,
+        epoch: int = 0,
+        monitored: float | None = None,
+    ) -> Path:
+        """Commit a checkpoint, then delete those that retention does not keep.
+
+        Args:
+            state: nested plain data and tensors.
+            step: optimizer steps taken.
+            epoch: epochs completed.
+            monitored: value of ``parameters.monitor``, if it is known.
+
+        Returns:
+            Where it is.
+
+        Raises:
+            CheckpointError: writing failed; older checkpoints are untouched.
+        """
+        path = (
+            self.world.broadcast(self.store.path_for(step))
+            if self._many
+            else (self.store.path_for(step))
+        )
+        self.write(path, state, step=step, epoch=epoch, monitored=monitored)
+        if self.world.is_global_zero:
+            self.store.prune(self.parameters)
+        return path
+
+    def write(
+        self,
+        path: str | Path,
+        state: Mapping[str, Any],
+        *,
+        step: int,
+        epoch: int = 0,
+        monitored: float | None = None,
+    ) -> None:
+        """Commit a checkpoint under a path of one's own; nothing is deleted."""
+        shared, local = split_local(state)
+        save_directory(
+            Path(path),
+            shared,
+            local,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            step=step,
+            epoch=epoch,
+            monitor=self.parameters.monitor,
+            monitored=_as_json(monitored),
+        )
+
+    def load(self, path: str | Path, like: Like | None = None) -> LoadedCheckpoint:
+        """Verify and read one checkpoint.
+
+        Args:
+            path: a checkpoint directory.
+            like: templates for tensors that are to come back sharded.
+
+        Raises:
+            CheckpointError: it is damaged, unsafe or of another format.
+        """
+
+        def check() -> StoredCheckpoint:
+            return self._verified(Path(path))
+
+        return self._read(self._on_rank_zero(check), like)
+
+    def resume(self, resume: str = "auto", like: Like | None = None) -> LoadedCheckpoint | None:
+        """Find and read the checkpoint that a run continues from.
+
+        Damaged ones are reported, renamed and passed over; leftovers of killed saves are removed.
+
+        Args:
+            resume: ``"auto"``, ``"never"``, ``"must"`` or a path, as in
+                :class:`~dream_trainer.configs.CheckpointParameters`.
+            like: templates for tensors that are to come back sharded.
+
+        Returns:
+            None if there is nothing to continue from and that is allowed.
+
+        Raises:
+            ConfigError: ``"never"``, but the directory has checkpoints; or ``"must"``, but not.
+            CheckpointError: the path, or every checkpoint, is damaged.
+        """
+        stored = self._on_rank_zero(lambda: self._choose(resume))
+        return None if stored is None else self._read(stored, like)
+
+    def _choose(self, resume: str) -> StoredCheckpoint | None:
+        store = self.store
+        store.clean()
+        paths = store.paths()
+        if resume == "never":
+            if paths:
+                raise ConfigError(
+                    "checkpoint_parameters",
+                    [f"resume='never', but {store.directory} has {len(paths)} checkpoints"],
+                    "Choose another experiment name, or resume='auto' to continue this one.",
+                )
+            return None
+        if resume not in ("auto", "must"):
+            stored = self._verified(Path(resume))
+            store.set_aside_after(stored.path)
+            return stored
+        problems = []
+        for path in reversed(paths):
+            try:
+                return self._verified(path)
+            except CheckpointError as error:
+                aside = store.set_aside(path, "damaged")
+                problems += [f"{path.name}: {problem}" for problem in error.problems]
+                warnings.warn(
+                    f"{error}\nIt is now {aside.name}; trying the one before.", stacklevel=2
+                )
+        if problems:
+            raise CheckpointError(
+                str(store.directory),
+                problems,
+                "No whole checkpoint is left. Move the directory away to start afresh.",
+            )
+        if resume == "must":
+            raise ConfigError(
+                "checkpoint_parameters",
+                [f"resume='must', but there is no checkpoint in {store.directory}"],
+                "Check project, group and experiment, or use resume='auto'.",
+            )
+        return None
+
+    def _verified(self, path: Path) -> StoredCheckpoint:
+        manifest = Manifest.read(path)
+        manifest.verify(path)
+        return StoredCheckpoint(path, manifest)
+
+    def _read(self, stored: StoredCheckpoint, like: Like | None) -> LoadedCheckpoint:
+        shared, local = read_tree(stored.path, like, rank=self.world.rank)
+        return LoadedCheckpoint(join_local(shared, local), stored.manifest, stored.path)
+
+    def _on_rank_zero(self, function: Any) -> Any:
+        """Rank 0 looks at the disk and decides; the others are told, its errors too."""
+        if not self._many:
+            return function()
+        outcome: Any = None
+        if self.world.is_global_zero:
+            try:
+                outcome = function()
+            except Exception as error:
+                outcome = error
+        outcome = self.world.broadcast(outcome)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    @property
+    def _many(self) -> bool:
+        return self.world.size > 1
+
+
+def split_local(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Separate what differs between ranks from the rest. The argument stays as it is."""
+    shared = {
+        key: dict(value) if isinstance(value, Mapping) else value for key, value in state.items()
+    }
+    local: dict[str, Any] = {}
+    for path in LOCAL:
+        parent = shared if len(path) == 1 else shared.get(path[0], {})
+        if isinstance(parent, dict) and path[-1] in parent:
+            local[".".join(path)] = parent.pop(path[-1])
+    return shared, local
+
+
+def join_local(shared: dict[str, Any], local: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of :func:`split_local`."""
+    for path in LOCAL:
+        if (name := ".".join(path)) in local:
+            parent = shared if len(path) == 1 else shared.setdefault(path[0], {})
+            parent[path[-1]] = local[name]
+    return shared
+
+
+def _as_json(value: float | None) -> float | str | None:
+    if value is None or abs(value) < float("inf"):
+        return value
+    return str(float(value))

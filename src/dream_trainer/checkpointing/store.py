@@ -1,0 +1,137 @@
+"""The directory of a run's checkpoints: list, newest, best, prune."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from dream_trainer.configs import CheckpointParameters
+from dream_trainer.errors import CheckpointError
+from dream_trainer.storage import Manifest, move_aside
+
+# The second number tells apart checkpoints of one step: at the end of an epoch the state
+# differs from the one after the epoch's last step.
+_NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
+_LEFTOVER = re.compile(r"\.step-.*\.tmp")
+
+
+@dataclass(frozen=True)
+class StoredCheckpoint:
+    """A checkpoint on disk and what its manifest says."""
+
+    path: Path
+    manifest: Manifest
+
+
+class CheckpointStore:
+    """Checkpoints in one directory. Call on rank 0 only; nothing here communicates.
+
+    Args:
+        directory: need not exist yet.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def paths(self) -> list[Path]:
+        """Every directory named like a checkpoint, oldest first, whole or not."""
+        if not self.directory.is_dir():
+            return []
+        found = [(m, path) for path in self.directory.iterdir() if (m := _match(path))]
+        return [path for _, path in sorted(found)]
+
+    def list(self) -> list[StoredCheckpoint]:
+        """Checkpoints with a readable manifest, oldest first."""
+        stored = []
+        for path in self.paths():
+            try:
+                stored.append(StoredCheckpoint(path, Manifest.read(path)))
+            except CheckpointError:
+                continue
+        return stored
+
+    def newest(self) -> StoredCheckpoint | None:
+        """The last one of :meth:`list`."""
+        return next(reversed(self.list()), None)
+
+    def best(self, mode: str, monitor: str | None = None) -> StoredCheckpoint | None:
+        """The one with the best monitored value; the newer of two equal ones."""
+        return next(iter(_ranked(self.list(), mode, monitor)), None)
+
+    def path_for(self, step: int) -> Path:
+        """A free name for a checkpoint at a step."""
+        path = self.directory / f"step-{step:08d}"
+        revision = 0
+        while path.exists():
+            revision += 1
+            path = self.directory / f"step-{step:08d}-{revision}"
+        return path
+
+    def prune(self, parameters: CheckpointParameters) -> list[Path]:
+        """Delete what the retention rules do not keep.
+
+        Returns:
+            The deleted paths.
+        """
+        newest_per_step = {stored.manifest.step: stored for stored in self.list()}
+        stored = list(newest_per_step.values())
+        keep = stored[-parameters.keep_last :]
+        if parameters.monitor is not None:
+            ranked = _ranked(stored, parameters.mode, parameters.monitor)
+            keep += ranked[: parameters.keep_top_k]
+        if every := parameters.keep_every_n_steps:
+            keep += [one for one in stored if one.manifest.step % every == 0]
+        kept = {one.path for one in keep}
+        deleted = [one.path for one in self.list() if one.path not in kept]
+        for path in deleted:
+            _delete(path)
+        return deleted
+
+    def clean(self) -> None:
+        """Delete what saves that were killed have left behind."""
+        if not self.directory.is_dir():
+            return
+        for path in self.directory.iterdir():
+            if path.is_dir() and _LEFTOVER.fullmatch(path.name):
+                shutil.rmtree(path)
+
+    def set_aside(self, path: Path, reason: str) -> Path:
+        """Rename a checkpoint so that it is no longer one; nothing is deleted."""
+        return move_aside(path, reason)
+
+    def set_aside_after(self, path: Path) -> None:
+        """Rename the checkpoints that come after one: the run takes another course from it."""
+        if path.resolve().parent != self.directory.resolve():
+            return
+        later = _match(path)
+        for other in self.paths():
+            if later is not None and (match := _match(other)) is not None and match > later:
+                self.set_aside(other, "superseded")
+
+
+def _match(path: Path) -> tuple[int, int] | None:
+    match = _NAME.fullmatch(path.name)
+    return (int(match[1]), int(match[2] or 0)) if match and path.is_dir() else None
+
+
+def _ranked(
+    stored: list[StoredCheckpoint], mode: str, monitor: str | None
+) -> list[StoredCheckpoint]:
+    """Best first; those without a value, or with NaN, are not among them."""
+    sign = 1 if mode == "min" else -1
+    valued = [
+        (sign * value, -index, one)
+        for index, one in enumerate(stored)
+        if (value := one.manifest.monitored_value) is not None
+        and monitor in (None, one.manifest.monitor)
+    ]
+    return [one for *_, one in sorted(valued, key=lambda entry: entry[:2])]
+
+
+def _delete(path: Path) -> None:
+    # Renamed first: half a deletion must not look like a damaged checkpoint.
+    doomed = path.with_name(f".{path.name}.tmp")
+    path.rename(doomed)
+    shutil.rmtree(doomed)

@@ -1,0 +1,7 @@
+"""Plain dataclasses. They check themselves when made and never ask the environment."""
+
+from dream_trainer.configs.checkpoint import CheckpointParameters
+from dream_trainer.configs.device import DeviceParameters
+from dream_trainer.configs.training import TrainingParameters
+
+__all__ = ["CheckpointParameters", "DeviceParameters", "TrainingParameters"]

@@ -1,0 +1,63 @@
+"""When checkpoints are made, which are kept, and from where a run starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dream_trainer.errors import ConfigError
+
+_COUNTS = ("every_n_steps", "every_n_epochs", "keep_every_n_steps")
+
+
+@dataclass(kw_only=True)
+class CheckpointParameters:
+    """Triggers, retention and resume of a run's checkpoints.
+
+    Raises:
+        ConfigError: with all problems of the values at once.
+    """
+
+    enable: bool = True
+    """Whether the run writes checkpoints."""
+    every_n_steps: int | None = None
+    """Save after every n-th optimizer step."""
+    every_n_epochs: int | None = 1
+    """Save after every n-th epoch. The end of a run always saves."""
+    every_n_minutes: float | None = None
+    """Save when so many minutes have passed since the last save, by rank 0's clock."""
+    monitor: str | None = None
+    """The metric that ranks checkpoints, ``"val/loss"`` for example."""
+    mode: Literal["min", "max"] = "min"
+    """Whether a smaller or a larger monitored value is better."""
+    keep_top_k: int = 1
+    """Best checkpoints to keep, by ``monitor``."""
+    keep_last: int = 2
+    """Newest checkpoints to keep; at least 1."""
+    keep_every_n_steps: int | None = None
+    """Keep for good every checkpoint at a multiple of n steps."""
+    async_save: bool = True
+    """Let training go on while a checkpoint is written, where that is supported."""
+    resume: str = "auto"
+    """``"auto"`` continues the newest whole checkpoint of this run if there is one,
+    ``"never"`` starts a fresh run directory, ``"must"`` fails without one, a path takes that."""
+    init_from: str | None = None
+    """A checkpoint whose model weights a fresh run starts from."""
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name}={value!r} is not a whole number above 0"
+            for name in _COUNTS
+            if (value := getattr(self, name)) is not None
+            and not (isinstance(value, int) and value >= 1)
+        ]
+        if self.every_n_minutes is not None and not self.every_n_minutes > 0:
+            problems.append(f"every_n_minutes={self.every_n_minutes} is not above 0")
+        if self.mode not in ("min", "max"):
+            problems.append(f"mode={self.mode!r} is neither 'min' nor 'max'")
+        if self.keep_last < 1:
+            problems.append(f"keep_last={self.keep_last}: the newest checkpoint must stay")
+        if self.keep_top_k < 0:
+            problems.append(f"keep_top_k={self.keep_top_k} is below 0")
+        if problems:
+            raise ConfigError("checkpoint_parameters", problems)

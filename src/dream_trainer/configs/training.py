@@ -1,0 +1,121 @@
+"""How long and in what rhythm a run trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dream_trainer.errors import ConfigError
+
+_COUNTS = (
+    "n_epochs",
+    "max_steps",
+    "train_steps_per_epoch",
+    "gradient_accumulation_steps",
+    "global_batch_size",
+    "val_every_n_epochs",
+    "val_every_n_steps",
+    "val_steps_per_epoch",
+)
+
+
+@dataclass(kw_only=True)
+class TrainingParameters:
+    """Length of a run, accumulation, clipping, validation rhythm.
+
+    A step is always an optimizer step, a batch is always what the loader hands out on one
+    rank, and None always means "no such limit" or "off".
+
+    Raises:
+        ConfigError: with all problems of the values at once.
+    """
+
+    n_epochs: int | None = None
+    """Epochs to train. Of the three limits the first reached ends the run."""
+    max_steps: int | None = None
+    """Optimizer steps to train, over all epochs and restarts."""
+    max_time: float | None = None
+    """Seconds to train, over all restarts (time between runs not counted)."""
+    train_steps_per_epoch: int | None = None
+    """Optimizer steps after which an epoch ends, even if the loader has more batches."""
+    gradient_accumulation_steps: int = 1
+    """Batches per optimizer step. A window never crosses the end of an epoch."""
+    global_batch_size: int | None = None
+    """Samples per optimizer step over all ranks; derives the accumulation from the loader's
+    batch size and the number of data-parallel ranks."""
+    gradient_clip_val: float | None = None
+    """Largest allowed 2-norm of an optimizer's gradients."""
+    track_grad_norm: bool = False
+    """Compute the gradient norm also when nothing is clipped."""
+    val_every_n_epochs: int | None = 1
+    """Validate after every n-th epoch."""
+    val_every_n_steps: int | None = None
+    """Validate after every n-th optimizer step."""
+    val_steps_per_epoch: int | None = None
+    """Batches of one validation; None is the whole loader."""
+    num_sanity_val_steps: int = 0
+    """Validation batches run before training, to find mistakes early; results are dropped."""
+    on_nonfinite: Literal["raise"] = "raise"
+    """What a NaN or infinity in loss, gradient norm, parameters or optimizer state does."""
+    deterministic: bool = False
+    """Ask torch for deterministic kernels; ops that have none raise."""
+    detect_anomaly: bool = False
+    """Name the forward op behind a NaN in backward. Slow."""
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name}={value!r} is not a whole number above 0"
+            for name in _COUNTS
+            if (value := getattr(self, name)) is not None
+            and not (isinstance(value, int) and value >= 1)
+        ]
+        if self.num_sanity_val_steps < 0:
+            problems.append(f"num_sanity_val_steps={self.num_sanity_val_steps} is below 0")
+        if self.max_time is not None and not self.max_time > 0:
+            problems.append(f"max_time={self.max_time} is not above 0 seconds")
+        if self.gradient_clip_val is not None and not self.gradient_clip_val > 0:
+            problems.append(f"gradient_clip_val={self.gradient_clip_val} is not above 0")
+        if self.on_nonfinite != "raise":
+            problems.append(f"on_nonfinite={self.on_nonfinite!r} is not 'raise'")
+        if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
+            problems.append(
+                f"global_batch_size={self.global_batch_size} derives the accumulation; "
+                f"leave out gradient_accumulation_steps={self.gradient_accumulation_steps}"
+            )
+        if problems:
+            raise ConfigError("training_parameters", problems)
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether anything ends the run."""
+        return not (self.n_epochs is self.max_steps is self.max_time is None)
+
+    def accumulation(self, batch_size: int | None, dp_size: int) -> int:
+        """Batches per optimizer step on each rank.
+
+        Args:
+            batch_size: samples per batch on one rank; None if the loader cannot tell.
+            dp_size: number of data-parallel ranks.
+
+        Raises:
+            ConfigError: ``global_batch_size`` is not a multiple of a step over all ranks.
+        """
+        if self.global_batch_size is None:
+            return self.gradient_accumulation_steps
+        if batch_size is None:
+            raise ConfigError(
+                "training_parameters",
+                ["global_batch_size needs a train loader that knows its batch size"],
+                "Use a DataLoader with batch_size, or set gradient_accumulation_steps.",
+            )
+        if self.global_batch_size % (batch_size * dp_size):
+            raise ConfigError(
+                "training_parameters",
+                [
+                    f"global_batch_size={self.global_batch_size} is not a multiple of "
+                    f"{batch_size * dp_size} = batch size {batch_size} x {dp_size} "
+                    "data-parallel ranks"
+                ],
+                "Change the loader's batch size, the number of ranks or global_batch_size.",
+            )
+        return self.global_batch_size // (batch_size * dp_size)

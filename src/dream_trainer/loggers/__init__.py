@@ -1,0 +1,6 @@
+"""Where metrics go: the exact JSONL log, and any logger with Lightning's methods."""
+
+from dream_trainer.loggers.jsonl import JsonlLog
+from dream_trainer.loggers.protocol import Logger
+
+__all__ = ["JsonlLog", "Logger"]

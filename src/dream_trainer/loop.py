@@ -1,0 +1,249 @@
+"""FitLoop: a batch's walk, top to bottom.
+
+::
+
+    run             while the run is not done
+      train_epoch     for batch in train loader
+        train_step      callbacks.pre_train_step
+                        training_step (the user's)   > backward > step
+                        callbacks.post_train_step
+      validate        for batch in val loader: validation_step (the user's)
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dream_trainer.accumulation import AccumulationWindow
+from dream_trainer.data import ResumableLoader
+from dream_trainer.metrics import LoggedValues, merge_ranks, scalars, totals
+from dream_trainer.randomness import derive, rng_state, seed_everything, set_rng_state
+
+if TYPE_CHECKING:
+    from dream_trainer.trainer.base import BaseTrainer
+
+Step = Callable[[Any, int], Any]
+
+
+class FitLoop:
+    """Calls the user's steps in the right order; what users call themselves is the trainer's.
+
+    Args:
+        trainer: set up and restored.
+        window: the accumulation window that the trainer's ``backward`` and ``step`` use.
+        clock: seconds from any start.
+    """
+
+    def __init__(
+        self,
+        trainer: BaseTrainer,
+        train_loader: ResumableLoader,
+        val_loader: ResumableLoader | None,
+        window: AccumulationWindow,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.trainer = trainer
+        self.train_loader = train_loader
+        self.val_loader = val_loader
+        self.window = window
+        self._clock = clock
+        self._last_time = 0.0
+
+    def run(self) -> None:
+        """Train until a limit is reached or :meth:`BaseTrainer.stop` was called."""
+        self._last_time = self._clock()
+        while not self.is_done:
+            self.train_epoch()
+            if not self.trainer.progress.train_epoch_finished:
+                return  # stopped inside the epoch; a later run goes on from there
+            self.finish_epoch()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the run ends here. The same on every rank."""
+        trainer, progress = self.trainer, self.trainer.progress
+        limits = trainer.training_parameters
+        done = (
+            trainer.stop_reason is not None
+            or (limits.n_epochs is not None and progress.epoch >= limits.n_epochs)
+            or (limits.max_steps is not None and progress.num_steps >= limits.max_steps)
+        )
+        if limits.max_time is not None:
+            # Ranks' clocks differ. Costs a broadcast per step, with this limit only.
+            done |= trainer.world.broadcast(progress.seconds >= limits.max_time)
+        return done
+
+    def train_epoch(self) -> None:
+        """Train to the end of the epoch, or until the run is done."""
+        trainer, progress, callbacks = self.trainer, self.trainer.progress, self.trainer.callbacks
+        if not progress.in_epoch:
+            callbacks.pre_epoch(trainer)
+            trainer.metrics.reset("train")
+            callbacks.pre_train_epoch(trainer)
+            progress.start_epoch()
+        trainer.metrics.enter("train")
+        if progress.train_epoch_finished:
+            return
+        self.train_loader.set_epoch(progress.epoch)
+        self.validate_if_due()  # the checkpoint may lie between a step and its validation
+        is_over = not self._epoch_has_steps_left
+        if not is_over:
+            for batch in self.train_loader:
+                if not self.train_step(trainer.world.to_device(batch)):
+                    continue
+                self.finish_step()
+                if self.is_done or not self._epoch_has_steps_left:
+                    is_over = self.train_loader.is_last is True or not self._epoch_has_steps_left
+                    break
+            else:
+                is_over = True
+        # Done by a limit, with batches left over: the epoch stays open for a later run.
+        if is_over:
+            progress.finish_train_epoch()
+            callbacks.post_train_epoch(trainer)
+
+    def train_step(self, batch: Any) -> bool:
+        """Take one batch through ``training_step``.
+
+        Returns:
+            Whether it ended its accumulation window.
+        """
+        trainer, progress, loader = self.trainer, self.trainer.progress, self.train_loader
+        batch_idx = progress.num_batches_in_epoch
+        self.window.start_batch(loader)
+        trainer.callbacks.pre_train_step(trainer, batch, batch_idx)
+        is_filler = loader.num_samples == 0
+        if is_filler:
+            trainer.metrics.enter("filler")
+        with trainer.world.accumulate(trainer.sync_modules, self.window.is_accumulating):
+            result = trainer.training_step(batch, batch_idx)
+        if is_filler:
+            trainer.metrics.enter("train")
+        weight = 1.0 if loader.num_samples is None else float(loader.num_samples)
+        trainer.logged.add(scalars(result), weight, prefix="train/")
+        is_window_end = self.window.finish_batch()
+        progress.finish_batch(is_window_end=is_window_end)
+        trainer.callbacks.post_train_step(trainer, result, batch, batch_idx)
+        return is_window_end
+
+    def finish_step(self) -> None:
+        """After a window: validation if due, then the moment to save."""
+        self.trainer.logged.take()
+        self._count_seconds()
+        self.validate_if_due()
+        self.trainer.callbacks.on_boundary(self.trainer)
+
+    def finish_epoch(self) -> None:
+        """After the last batch: validation if due, the epoch's end, the moment to save."""
+        trainer, progress = self.trainer, self.trainer.progress
+        every = trainer.training_parameters.val_every_n_epochs
+        is_due = every is not None and (progress.epoch + 1) % every == 0
+        if is_due and progress.last_validation_step != progress.num_steps:
+            self.validate()
+        trainer.callbacks.post_epoch(trainer)
+        progress.finish_epoch()
+        self._count_seconds()
+        trainer.callbacks.on_boundary(trainer)
+
+    def validate_if_due(self) -> None:
+        """Validate if the step under way asks for it and has not been validated."""
+        progress, every = self.trainer.progress, self.trainer.training_parameters.val_every_n_steps
+        if every is None or not progress.num_steps or progress.num_steps % every:
+            return
+        if progress.last_validation_step != progress.num_steps:
+            self.validate()
+
+    def validate(self) -> dict[str, float]:
+        """Run the validation loader once; the results are the same on every rank."""
+        trainer = self.trainer
+        if self.val_loader is None:
+            return {}
+        trainer.callbacks.pre_validation_epoch(trainer)
+        limit = trainer.training_parameters.val_steps_per_epoch
+        results = self.evaluate(self.val_loader, trainer.validation_step, "val", limit)
+        if trainer.is_fitting:
+            trainer.progress.finish_validation()
+        trainer.callbacks.post_validation_epoch(trainer, results)
+        return results
+
+    def sanity_check(self) -> None:
+        """Run a few validation batches and forget them."""
+        limit = self.trainer.training_parameters.num_sanity_val_steps
+        if limit and self.val_loader is not None:
+            self.evaluate(self.val_loader, self.trainer.validation_step, "sanity", limit)
+
+    def evaluate(
+        self, loader: ResumableLoader, step: Step, phase: str, limit: int | None = None
+    ) -> dict[str, float]:
+        """Means over samples and ranks of what ``step`` returns, and the metrics of a phase.
+
+        Args:
+            loader: read from its beginning.
+            step: called with each batch and its index.
+            phase: ``"val"``, ``"test"`` or ``"sanity"``; prefix of the results' names.
+            limit: batches to read at most.
+        """
+        trainer = self.trainer
+        values = LoggedValues()
+        with self._evaluating(phase):
+            loader.rewind()
+            for batch_idx, batch in enumerate(itertools.islice(loader, limit)):
+                batch = trainer.world.to_device(batch)
+                weight = 1.0 if loader.num_samples is None else float(loader.num_samples)
+                # Its metrics would count a sample twice.
+                trainer.metrics.enter(phase if weight else "filler")
+                if phase == "val":
+                    trainer.callbacks.pre_validation_step(trainer, batch, batch_idx)
+                result = step(batch, batch_idx)
+                if phase == "val":
+                    trainer.callbacks.post_validation_step(trainer, result, batch, batch_idx)
+                values.add(scalars(result), weight, prefix=f"{phase}/")
+            parts = trainer.world.all_gather_object(totals([values.take()])[0])
+            return merge_ranks(parts) | trainer.metrics.compute(phase)
+
+    def predict(self, loader: ResumableLoader) -> list[Any]:
+        """What ``predict_step`` returns for each batch of this rank, in order."""
+        trainer, results = self.trainer, []
+        with self._evaluating("predict"):
+            loader.rewind()
+            for batch_idx, batch in enumerate(loader):
+                result = trainer.predict_step(trainer.world.to_device(batch), batch_idx)
+                if loader.num_samples != 0:
+                    results.append(result)
+        return results
+
+    @contextmanager
+    def _evaluating(self, phase: str) -> Iterator[None]:
+        """Without gradients, in eval mode, and without a trace in the run's random streams."""
+        trainer = self.trainer
+        modules = [part for module in trainer.sync_modules for part in module.modules()]
+        modes = [part.training for part in modules]
+        outer = rng_state()
+        seed_everything(derive(trainer.seed, phase, trainer.world.dp_rank))
+        for module in trainer.sync_modules:
+            module.eval()
+        trainer.metrics.reset(phase)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for part, mode in zip(modules, modes, strict=True):
+                part.training = mode
+            trainer.metrics.enter("train")
+            set_rng_state(outer)
+
+    @property
+    def _epoch_has_steps_left(self) -> bool:
+        limit = self.trainer.training_parameters.train_steps_per_epoch
+        return limit is None or self.trainer.progress.num_steps_in_epoch < limit
+
+    def _count_seconds(self) -> None:
+        now = self._clock()
+        self.trainer.progress.seconds += now - self._last_time
+        self._last_time = now

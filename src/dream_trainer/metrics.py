@@ -1,0 +1,87 @@
+"""Means of logged values: kept on the device until they are wanted, then moved at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Value = Tensor | float | int
+#: Name -> (value, weight) of each observation.
+Observations = dict[str, list[tuple[Value, float]]]
+
+
+def scalars(result: Any) -> dict[str, Value]:
+    """The loggable part of what a step returned: a mapping's scalars, or a loss alone."""
+    if isinstance(result, Tensor):
+        result = {"loss": result}
+    if not isinstance(result, Mapping):
+        return {}
+    return {
+        name: value
+        for name, value in result.items()
+        if (isinstance(value, Tensor) and value.numel() == 1)
+        or (isinstance(value, (int, float)) and not isinstance(value, bool))
+    }
+
+
+class LoggedValues:
+    """Observations since they were last taken. Adding costs no host synchronisation."""
+
+    def __init__(self) -> None:
+        self._observations: Observations = {}
+
+    def add(self, values: Mapping[str, Value], weight: float = 1.0, prefix: str = "") -> None:
+        """Add one observation of each value."""
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                # Anything but a fresh result may be changed in place before it is read.
+                is_fresh = value.grad_fn is not None and value._base is None
+                value = value.detach() if is_fresh else value.detach().clone()
+            self._observations.setdefault(prefix + name, []).append((value, weight))
+
+    def take(self) -> Observations:
+        """Hand over what was added, and start anew."""
+        taken, self._observations = self._observations, {}
+        return taken
+
+
+def totals(rows: Iterable[Observations]) -> list[dict[str, tuple[float, float]]]:
+    """Per row: name -> (weighted sum, sum of weights). One transfer, a host synchronisation."""
+    rows = list(rows)
+    values = [value for row in rows for entries in row.values() for value, _ in entries]
+    host = iter(to_host(values))
+    return [
+        {
+            name: (
+                sum(next(host) * weight for _, weight in entries),
+                sum(weight for _, weight in entries),
+            )
+            for name, entries in row.items()
+        }
+        for row in rows
+    ]
+
+
+def to_host(values: list[Value]) -> list[float]:
+    """Values as Python floats, in one transfer. A host synchronisation."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if not tensors:
+        return [float(value) for value in values]
+    stacked = torch.stack([tensor.reshape(()).double() for tensor in tensors])
+    moved = iter(stacked.tolist())
+    return [next(moved) if isinstance(value, Tensor) else float(value) for value in values]
+
+
+def merge_ranks(parts: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, float]:
+    """Means over ranks of (weighted sum, sum of weights) by name; fillers weigh nothing."""
+    sums: dict[str, float] = {}
+    weights: dict[str, float] = {}
+    for part in parts:
+        for name, (value, weight) in part.items():
+            if weight:
+                sums[name] = sums.get(name, 0.0) + value
+                weights[name] = weights.get(name, 0.0) + weight
+    return {name: sums[name] / weights[name] for name in sums}

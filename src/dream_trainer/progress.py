@@ -1,0 +1,83 @@
+"""Every counter of a run, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+#: Counters of this process, not of the run: a restart begins them anew.
+_LOCAL = ("local_batches",)
+
+
+@dataclass
+class Progress:
+    """Where a run is.
+
+    A *step* is an optimizer step: the smallest number of times that any optimizer can have
+    stepped, so optimizers that step side by side on a batch count once. A *batch* is what the
+    loader hands out on one rank. A *window* is the batches that share one step.
+    """
+
+    num_steps: int = 0
+    """Optimizer steps taken, over all epochs and restarts."""
+    epoch: int = 0
+    """Epochs completed; also the index, from 0, of the epoch under way."""
+    num_batches: int = 0
+    """Batches finished on each rank, over all epochs and restarts."""
+    num_batches_in_epoch: int = 0
+    """Batches finished on each rank in the epoch under way; the next ``batch_idx``."""
+    num_steps_in_epoch: int = 0
+    """Optimizer steps taken in the epoch under way."""
+    num_batches_in_window: int = 0
+    """Batches finished of the accumulation window under way."""
+    local_batches: int = 0
+    """Batches finished since this process started."""
+    seconds: float = 0.0
+    """Training time over all restarts, in seconds, by rank 0's clock."""
+    in_epoch: bool = False
+    """Whether ``pre_epoch`` of the epoch under way was called."""
+    train_epoch_finished: bool = False
+    """Whether ``post_train_epoch`` of the epoch under way was called."""
+    last_validation_step: int = -1
+    """Value of ``num_steps`` at the last finished validation."""
+
+    def start_epoch(self) -> None:
+        """An epoch begins."""
+        self.in_epoch = True
+
+    def finish_batch(self, *, is_window_end: bool) -> None:
+        """A batch went through ``training_step``."""
+        self.num_batches += 1
+        self.num_batches_in_epoch += 1
+        self.local_batches += 1
+        self.num_batches_in_window = 0 if is_window_end else self.num_batches_in_window + 1
+
+    def finish_step(self) -> None:
+        """An optimizer stepped."""
+        self.num_steps += 1
+        self.num_steps_in_epoch += 1
+
+    def finish_train_epoch(self) -> None:
+        """The epoch's training batches are used up."""
+        self.train_epoch_finished = True
+
+    def finish_validation(self) -> None:
+        """A validation ran to its end."""
+        self.last_validation_step = self.num_steps
+
+    def finish_epoch(self) -> None:
+        """Training and validation of an epoch are over."""
+        self.epoch += 1
+        self.num_batches_in_epoch = self.num_steps_in_epoch = 0
+        self.in_epoch = self.train_epoch_finished = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counters as plain data, without those of this process alone."""
+        return {name: value for name, value in asdict(self).items() if name not in _LOCAL}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over counters; those missing keep their value."""
+        known = {field.name for field in fields(self)} - set(_LOCAL)
+        for name in known & state_dict.keys():
+            setattr(self, name, state_dict[name])

@@ -1,0 +1,23 @@
+"""How state becomes files: plain trees, torch distributed checkpoints, manifests, atomic writes."""
+
+from dream_trainer.storage.atomic import atomic_file, write_text
+from dream_trainer.storage.dcp import Like, read_tree
+from dream_trainer.storage.directory import move_aside, save_directory
+from dream_trainer.storage.manifest import FORMAT_VERSION, Manifest
+from dream_trainer.storage.tree import Tree, TreePath, join, split, tensor_leaves
+
+__all__ = [
+    "FORMAT_VERSION",
+    "Like",
+    "Manifest",
+    "Tree",
+    "TreePath",
+    "atomic_file",
+    "join",
+    "move_aside",
+    "read_tree",
+    "save_directory",
+    "split",
+    "tensor_leaves",
+    "write_text",
+]

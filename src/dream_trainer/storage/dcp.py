@@ -1,0 +1,184 @@
+"""Trees to and from torch distributed checkpoints, without running code from them.
+
+A checkpoint directory holds one DCP entry per tensor, named by its dotted path, and one byte
+tensor ``__plain__`` with everything else, readable by ``torch.load(weights_only=True)``.
+What differs between ranks is stored a second time around under ``__rank_<r>__``, because the
+writer keeps only one of several entries with equal names.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint import metadata as dcp_metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from dream_trainer.errors import CheckpointError
+from dream_trainer.storage.tree import Tree, TreePath, join, merge, split
+
+#: ``like(path, size)`` gives the tensor whose device and sharding a read one should have, or
+#: None for a plain tensor in CPU memory.
+Like = Callable[[TreePath, torch.Size], Tensor | None]
+
+_PLAIN = "__plain__"
+_METADATA_CLASSES = {
+    *((dcp_metadata.__name__, name) for name in dcp_metadata.__all__),
+    (dcp_metadata.__name__, "_MEM_FORMAT_ENCODING"),
+    (filesystem.__name__, "_StorageInfo"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+    *((module, "PosixPath") for module in ("pathlib", "pathlib._local")),
+    *((module, "WindowsPath") for module in ("pathlib", "pathlib._local")),
+}
+
+
+def write_tree(
+    directory: Path, shared: Tree, local: Tree, *, rank: int = 0, world_size: int = 1
+) -> list[Path]:
+    """Write a checkpoint; every rank takes part.
+
+    Args:
+        directory: where to; on a file system that all ranks see.
+        shared: state that is the same on every rank, or sharded over them (DTensors).
+        local: state of this rank alone.
+        rank: this rank.
+        world_size: how many ranks write.
+
+    Returns:
+        The files that this rank wrote.
+
+    Raises:
+        TypeError: something is neither plain data nor a tensor.
+    """
+    entries = _entries(shared, "", with_plain=rank == 0) | _entries(local, f"__rank_{rank}__")
+    writer = dcp.FileSystemWriter(directory, sync_files=True)
+    with _quiet():
+        dcp.save(entries, storage_writer=writer, no_dist=world_size == 1)
+    mine = [*directory.glob(f"__{rank}_*.distcp")]
+    return [*mine, directory / ".metadata"] if rank == 0 else mine
+
+
+def read_tree(directory: Path, like: Like | None = None, *, rank: int = 0) -> tuple[Tree, Tree]:
+    """Read a checkpoint. No collective: each rank reads what it needs.
+
+    Args:
+        directory: the checkpoint.
+        like: templates for device and sharding.
+        rank: whose local part to read; rank 0's if the checkpoint has none for it.
+
+    Returns:
+        The shared part and the local part.
+
+    Raises:
+        CheckpointError: it is not readable, or holds something else than tensors.
+    """
+    reader = _SafeReader(directory)
+    try:
+        metadata = reader.read_metadata()
+        names = metadata.state_dict_metadata
+        pickled = [n for n, m in names.items() if not isinstance(m, TensorStorageMetadata)]
+        if pickled:
+            raise CheckpointError(
+                str(directory),
+                [f"{name} is a pickle, which can run code" for name in pickled],
+                "Only load it with the program that wrote it, if you trust its source.",
+            )
+        if _PLAIN not in names:
+            raise CheckpointError(
+                str(directory),
+                ["it was not written by dream_trainer"],
+                "Use its weights through checkpoint_parameters.init_from.",
+            )
+        shared = _read(reader, metadata, "", like)
+        prefix = f"__rank_{rank}__"
+        local = _read(reader, metadata, prefix if prefix + _PLAIN in names else "__rank_0__", None)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(str(directory), [f"{type(error).__name__}: {error}"]) from error
+    return shared, local
+
+
+def _entries(tree: Tree, prefix: str, *, with_plain: bool = True) -> dict[str, Tensor]:
+    skeleton, tensors = split(tree)
+    paths = {prefix + join(path): path for path in tensors}
+    if len(paths) != len(tensors):
+        raise ValueError("two tensors of the state have the same dotted name")
+    entries = {name: tensors[path].detach() for name, path in paths.items()}
+    if with_plain:
+        buffer = io.BytesIO()
+        torch.save({"skeleton": skeleton, "tensors": paths}, buffer)
+        entries[prefix + _PLAIN] = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+    return entries
+
+
+def _read(reader: _SafeReader, metadata: Metadata, prefix: str, like: Like | None) -> Tree:
+    plain = _load(reader, metadata, {prefix + _PLAIN: None})[prefix + _PLAIN]
+    content = torch.load(io.BytesIO(plain.numpy().tobytes()), weights_only=True)
+    paths: dict[str, TreePath] = content["tensors"]
+    sizes = {name: _entry(metadata, name).size for name in paths}
+    templates = {name: like(path, sizes[name]) if like else None for name, path in paths.items()}
+    tensors = _load(reader, metadata, templates)
+    return merge(content["skeleton"], {path: tensors[name] for name, path in paths.items()})
+
+
+def _load(
+    reader: _SafeReader, metadata: Metadata, templates: dict[str, Tensor | None]
+) -> dict[str, Tensor]:
+    targets: dict[str, Any] = {}
+    for name, template in templates.items():
+        entry = _entry(metadata, name)
+        if template is None:
+            targets[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+        else:
+            targets[name] = torch.empty_like(template, dtype=entry.properties.dtype)
+    if targets:
+        with _quiet():
+            dcp.load(targets, storage_reader=reader, no_dist=True)
+    return targets
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    # Reading alone is meant; torch warns at every call that it is not distributed.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _entry(metadata: Metadata, name: str) -> TensorStorageMetadata:
+    return cast(TensorStorageMetadata, metadata.state_dict_metadata[name])
+
+
+class _SafeReader(dcp.FileSystemReader):
+    """Reads ``.metadata`` with an unpickler that knows only the metadata classes.
+
+    The reader it derives from unpickles whatever the file says, so a stranger's checkpoint
+    could run code.
+    """
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = cast(Metadata, _MetadataUnpickler(file).load())
+        if metadata.storage_meta is not None:
+            metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) in _METADATA_CLASSES:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f".metadata asks for {module}.{name}, which is not allowed")

@@ -1,0 +1,14 @@
+"""The trainers: contract, run, conventions."""
+
+from dream_trainer.trainer.abstract import AbstractTrainer, AbstractTrainerConfig
+from dream_trainer.trainer.base import BaseTrainer, BaseTrainerConfig
+from dream_trainer.trainer.dream import DreamTrainer, DreamTrainerConfig
+
+__all__ = [
+    "AbstractTrainer",
+    "AbstractTrainerConfig",
+    "BaseTrainer",
+    "BaseTrainerConfig",
+    "DreamTrainer",
+    "DreamTrainerConfig",
+]

@@ -1,0 +1,644 @@
+"""BaseTrainer: the run. Launch, configure, setup, restore, loop, close."""
+
+from __future__ import annotations
+
+import copy
+import math
+import secrets
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dream_trainer.accumulation import AccumulationWindow, Weight
+from dream_trainer.callbacks import (
+    Callback,
+    CallbackList,
+    CheckpointCallback,
+    LearningRateMonitor,
+    MetricLogger,
+    ProgressBar,
+)
+from dream_trainer.checkpointing import Checkpointer
+from dream_trainer.configs import CheckpointParameters, TrainingParameters
+from dream_trainer.data import ResumableLoader
+from dream_trainer.errors import (
+    ConfigError,
+    NonFiniteError,
+    StateError,
+    UnknownComponentError,
+)
+from dream_trainer.loggers import Logger
+from dream_trainer.loop import FitLoop
+from dream_trainer.metrics import LoggedValues, Value
+from dream_trainer.randomness import derive, rng_state, seed_everything, set_rng_state
+from dream_trainer.trainer.abstract import AbstractTrainer, AbstractTrainerConfig
+from dream_trainer.trainer.components import Components
+from dream_trainer.trainer.finiteness import first_nonfinite
+from dream_trainer.trainer.metric_phases import MetricPhases
+from dream_trainer.trainer.run_directory import (
+    config_yaml,
+    fresh_experiment_name,
+    record_config,
+)
+from dream_trainer.world.component_state import gradients
+
+
+@dataclass(kw_only=True)
+class BaseTrainerConfig(AbstractTrainerConfig):
+    """A run's length and rhythm, its checkpoints, its callbacks and loggers."""
+
+    training_parameters: TrainingParameters = field(default_factory=TrainingParameters)
+    """Length, accumulation, clipping, validation."""
+    checkpoint_parameters: CheckpointParameters = field(default_factory=CheckpointParameters)
+    """Triggers, retention, resume."""
+    callbacks: dict[str, Callback | None] = field(default_factory=dict)
+    """Callbacks by name, on top of ``lr``, ``metrics``, ``progress`` and ``checkpoint``; the same
+    name replaces one, None leaves it out."""
+    loggers: dict[str, Any] = field(default_factory=dict)
+    """Lightning loggers by name, beside the exact JSONL log."""
+
+
+class BaseTrainer(AbstractTrainer):
+    """A trainer that runs: the fit loop, exact state, checkpoints, callbacks.
+
+    A subclass makes its components (``configure``, ``setup``, ``named_models``,
+    ``named_optimizers``, ``named_schedulers``, ``train_dataloader``, ``val_dataloader``) and
+    writes ``training_step`` and ``validation_step``. :class:`DreamTrainer` has conventions for
+    the first part.
+
+    Args:
+        config: the run's configuration.
+        fabric: a ``Fabric`` to run on, launched already or not.
+
+    Attributes:
+        callbacks: all callbacks, by name.
+        loggers: loggers beside the JSONL log, by name.
+        metrics: torchmetrics by phase.
+        logged: values logged since the last step.
+        is_fitting: whether :meth:`fit` is under way.
+        is_resumed: whether the run continues from a checkpoint.
+        stop_reason: what :meth:`stop` was told; None while the run may go on.
+    """
+
+    config: BaseTrainerConfig
+
+    def __init__(self, config: BaseTrainerConfig, *, fabric: Fabric | None = None) -> None:
+        super().__init__(config, fabric=fabric)
+        defaults: dict[str, Callback | None] = {
+            "lr": LearningRateMonitor(),
+            "metrics": MetricLogger(),
+            "progress": ProgressBar(),
+            "checkpoint": CheckpointCallback(),
+        }
+        replaced = {name: config.callbacks.get(name, one) for name, one in defaults.items()}
+        added = {name: one for name, one in config.callbacks.items() if name not in defaults}
+        # Values are logged before they are collected, and saved after everything else is done.
+        self.callbacks = CallbackList(
+            {"lr": replaced.pop("lr"), **added, **replaced}, foreign=self.world.callbacks
+        )
+        self.loggers: dict[str, Logger] = dict(config.loggers)
+        self.metrics = MetricPhases(self)
+        self.logged = LoggedValues()
+        self.is_fitting = self.is_resumed = False
+        self.stop_reason: str | None = None
+        self._config_yaml: str | None = None
+        self._is_prepared = self._is_restored = False
+        self._rng_state: Mapping[str, Any] | None = None
+        self._window = AccumulationWindow(1, 1, lambda total: total)
+
+    # ------------------------------------------------------------------ what users write
+
+    @abstractmethod
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        """One batch: forward, :meth:`backward`, :meth:`step`.
+
+        Args:
+            batch: what the train loader gave, on the device.
+            batch_idx: index of the batch in the epoch, from 0.
+
+        Returns:
+            A mapping of scalars to log, a loss, or None.
+        """
+
+    @abstractmethod
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        """One validation batch, without gradients and in eval mode.
+
+        Returns:
+            A mapping of scalars, averaged over samples and ranks; a loss; or None.
+        """
+
+    def test_step(self, batch: Any, batch_idx: int) -> Any:
+        """One test batch; the default is :meth:`validation_step`."""
+        return self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        """One batch to predict on; what it returns is collected."""
+        raise NotImplementedError(f"{type(self).__name__} has no predict_step; write one")
+
+    # ------------------------------------------------------------------ what users call
+
+    def fit(self) -> None:
+        """Train: launch, configure, set up, restore, loop, close.
+
+        Raises:
+            ConfigError: nothing would end the run, or the configuration cannot work.
+            NonFiniteError: a loss, norm, parameter or optimizer state is not finite.
+        """
+        if not self.training_parameters.is_limited:
+            raise ConfigError(
+                "training_parameters",
+                ["n_epochs, max_steps and max_time are all None, so nothing ends the run"],
+                "Set one of them.",
+            )
+        with self._running():
+            self.prepare()
+            self._restore()
+            self.is_fitting = True
+            self._loop.sanity_check()
+            self.callbacks.pre_fit(self)
+            self._set_run_rng()
+            self._loop.run()
+            self.callbacks.post_fit(self)
+        self._say_end()
+
+    def validate(self) -> dict[str, float]:
+        """Validate once, on the state that :meth:`fit` would continue from.
+
+        Returns:
+            The results, the same on every rank.
+        """
+        with self._running():
+            self.prepare()
+            self._restore()
+            if self._loop.val_loader is None:
+                raise ConfigError("validate", ["val_dataloader is None"], "Return one.")
+            return self._loop.validate()
+
+    def test(self, dataloader: Iterable[Any]) -> dict[str, float]:
+        """Run ``test_step`` over a loader.
+
+        Returns:
+            The results, the same on every rank.
+        """
+        with self._running():
+            self.prepare()
+            self._restore()
+            return self._loop.evaluate(self._adopt(dataloader, "test"), self.test_step, "test")
+
+    def predict(self, dataloader: Iterable[Any]) -> list[Any]:
+        """Run ``predict_step`` over a loader.
+
+        Returns:
+            What it returned for each batch of this rank, in order.
+        """
+        with self._running():
+            self.prepare()
+            self._restore()
+            return self._loop.predict(self._adopt(dataloader, "predict"))
+
+    def backward(self, loss: Tensor, weight: Weight | None = None) -> None:
+        """Backward pass, scaled so that the step's gradient is a mean over its window.
+
+        Args:
+            loss: mean over the samples of the batch; a scalar.
+            weight: how much the batch counts, the number of its tokens for example. The step's
+                gradient is then the weighted mean over the window and all data-parallel ranks.
+        """
+        self.world.backward(self._window.scaled(loss, weight))
+
+    def step(self, optimizer: Optimizer | None = None) -> Tensor | None:
+        """Clip, step, zero the gradients, and step the optimizer's scheduler.
+
+        Does nothing while gradients accumulate, so it can be called after every backward.
+
+        Args:
+            optimizer: one of :meth:`named_optimizers`; may be left out if there is only one.
+
+        Returns:
+            The norm of the gradients before clipping, as a tensor without dimensions on the
+            device, if clipping or ``track_grad_norm`` is on.
+        """
+        if self._window.is_accumulating:
+            return None
+        name, optimizer = self._optimizer(optimizer)
+        factor = self._window.gradient_factor(self.world.device)
+        if factor is not None and (grads := gradients([optimizer])):
+            torch._foreach_mul_(grads, factor)
+        self.callbacks.pre_optimizer_step(self, optimizer)
+        parameters = self.training_parameters
+        norm = None
+        if parameters.gradient_clip_val is not None or parameters.track_grad_norm:
+            norm = self.world.clip_gradients(optimizer, max_norm=parameters.gradient_clip_val)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (scheduler := self._scheduler_of.get(name)) is not None:
+            scheduler.step()
+        if self._window.count_step(name):
+            self.progress.finish_step()
+        self.callbacks.post_optimizer_step(self, optimizer)
+        return norm
+
+    def log_dict(self, values: Mapping[str, Value]) -> None:
+        """Log values with the step under way; tensors stay on the device until later."""
+        self.logged.add(values)
+
+    def stop(self, reason: str) -> None:
+        """End the run after the step under way. Call it on every rank."""
+        self.stop_reason = reason
+
+    def save_checkpoint(self, path: str | Path) -> None:
+        """Write a checkpoint directory; every rank calls it.
+
+        Raises:
+            CheckpointError: writing failed; nothing is left behind.
+            NonFiniteError: something in the state is not finite.
+        """
+        state = self.checked_state_dict()
+        self.checkpointer.write(path, state, step=self.global_step, epoch=self.current_epoch)
+
+    def load_checkpoint(self, path: str | Path, strict: bool = True) -> None:
+        """Continue from a checkpoint directory, whatever strategy and ranks wrote it.
+
+        Raises:
+            CheckpointError: it is damaged, unsafe or of another format.
+            StateError: it does not fit.
+        """
+        self.prepare()
+        loaded = self.checkpointer.load(path, self._components.template())
+        self.load_state_dict(loaded.state, strict)
+
+    # ------------------------------------------------------------------ what callbacks read
+
+    @property
+    def training_parameters(self) -> TrainingParameters:
+        """Length, accumulation, clipping, validation."""
+        return self.config.training_parameters
+
+    @property
+    def checkpoint_parameters(self) -> CheckpointParameters:
+        """Triggers, retention, resume."""
+        return self.config.checkpoint_parameters
+
+    @property
+    def is_accumulating_gradients(self) -> bool:
+        """Whether the batch under way does not end its accumulation window."""
+        return self._window.is_accumulating
+
+    @property
+    def num_train_batches(self) -> int | None:
+        """Batches of a training epoch on this rank; None if the loader cannot tell."""
+        return self._loop.train_loader.num_batches
+
+    @property
+    def num_training_steps(self) -> int:
+        """Optimizer steps of the whole run, for learning-rate schedules.
+
+        Raises:
+            ConfigError: neither ``max_steps`` nor ``n_epochs`` and a loader of known length say.
+        """
+        limits, loader = self.training_parameters, self._adopt(self.train_dataloader, "train")
+        per_epoch = limits.train_steps_per_epoch
+        if (batches := loader.num_batches) is not None:
+            size = limits.accumulation(loader.batch_size, self.world.dp_size)
+            in_loader = math.ceil(batches / size)
+            per_epoch = min(per_epoch or in_loader, in_loader)
+        by_epochs = per_epoch * limits.n_epochs if per_epoch and limits.n_epochs else None
+        known = [steps for steps in (by_epochs, limits.max_steps) if steps is not None]
+        if not known:
+            raise ConfigError(
+                "training_parameters",
+                ["the number of steps is not known"],
+                "Set max_steps, or n_epochs with a train loader that knows its length.",
+            )
+        return min(known)
+
+    @property
+    def run_directory(self) -> Path:
+        """Where the run is on disk. Known once the run is launched."""
+        config = self.config
+        assert config.experiment is not None, "the run has no name before it is launched"
+        return Path(config.root_dir) / config.project / config.group / config.experiment
+
+    @property
+    def writes_run_directory(self) -> bool:
+        """Whether this run leaves anything on disk."""
+        return self.checkpoint_parameters.enable
+
+    @property
+    def sync_modules(self) -> Sequence[nn.Module]:
+        """The modules whose forward is called, as the strategy wrapped them."""
+        return list(self.named_models().values())
+
+    # ------------------------------------------------------------------ state
+
+    def get_module(self, fqn: str) -> nn.Module:
+        """The module at ``"model.path.to.module"``.
+
+        Raises:
+            UnknownComponentError: there is none; the message names what exists.
+        """
+        name, _, path = fqn.partition(".")
+        models = self.named_models()
+        if name not in models:
+            raise UnknownComponentError(
+                f"no model {name!r} in {fqn!r}; there is: {', '.join(models) or 'none'}"
+            )
+        module, walked = models[name], name
+        for part in path.split(".") if path else ():
+            children = dict(module.named_children())
+            if part not in children:
+                raise UnknownComponentError(
+                    f"no module {part!r} in {walked}; there is: {', '.join(children) or 'none'}"
+                )
+            module, walked = children[part], f"{walked}.{part}"
+        return module
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next step depends on: nested plain data and tensors.
+
+        Models and optimizers are keyed by parameter name, the same under every strategy. Tensors
+        are the live ones, not copies. Call it on every rank, between steps.
+
+        Raises:
+            RuntimeError: in the middle of an accumulation window.
+        """
+        self.prepare()
+        if self.progress.num_batches_in_window:
+            raise RuntimeError(
+                "the state cannot be taken inside an accumulation window: its gradients would be "
+                "lost. Take it when is_accumulating_gradients is False."
+            )
+        if "metrics" in self.callbacks and isinstance(
+            logger := self.callbacks["metrics"], MetricLogger
+        ):
+            logger.flush(self)
+        return {
+            "trainer": {
+                "progress": self.progress.state_dict(),
+                "seed": self.seed,
+                "metrics": self.metrics.state_dict(),
+            },
+            **self._components.state_dict(),
+            "dataloaders": {"train": self._loop.train_loader.state_dict()},
+            "callbacks": self.callbacks.state_dict(),
+            "precision": self.world.precision_state(),
+            "rng": rng_state(),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
+        """Continue from what :meth:`state_dict` gave, under any strategy. It is not changed.
+
+        Args:
+            state_dict: nested plain data and tensors, sharded or not.
+            strict: refuse a state that does not fit in every part, and load nothing. If False,
+                what fits is loaded and the rest is listed in a warning.
+
+        Raises:
+            StateError: listing everything that does not fit, with its path.
+        """
+        self.prepare()
+        problems = self._components.problems(state_dict)
+        parts = ("trainer", "dataloaders", "callbacks", "precision", "rng")
+        problems += [f"{part}: missing in the state" for part in parts if part not in state_dict]
+        if problems and strict:
+            raise StateError(
+                "state_dict", problems, "Pass strict=False to load what fits; nothing was loaded."
+            )
+        if problems:
+            warnings.warn("not loaded:\n  - " + "\n  - ".join(problems), stacklevel=2)
+        if "train" in state_dict.get("dataloaders", {}):
+            self._loop.train_loader.load_state_dict(state_dict["dataloaders"]["train"])
+        self._components.load_state_dict(state_dict)
+        trainer = state_dict.get("trainer", {})
+        self.progress.load_state_dict(trainer.get("progress", {}))
+        self.metrics.load_state_dict(trainer.get("metrics", {}))
+        self.callbacks.load_state_dict(state_dict.get("callbacks", {}))
+        self.world.load_precision_state(state_dict.get("precision", {}))
+        if "rng" in state_dict:
+            self._rng_state = state_dict["rng"]
+            set_rng_state(self._rng_state)
+        self._is_restored = self.is_resumed = True
+
+    def checked_state_dict(self) -> dict[str, Any]:
+        """:meth:`state_dict`, if it may be saved as good.
+
+        Raises:
+            NonFiniteError: on every rank, if something on any rank is not finite.
+        """
+        state = self.state_dict()
+        bad = first_nonfinite(self._components)
+        found = [name for name in self.world.all_gather_object(bad) if name is not None]
+        if found:
+            raise NonFiniteError(
+                f"{found[0]} is not finite at step {self.global_step} (epoch "
+                f"{self.current_epoch}); no checkpoint was written. The newest one is from before."
+            )
+        return state
+
+    # ------------------------------------------------------------------ lifecycle
+
+    def prepare(self) -> None:
+        """Launch, seed, configure and set up, once. Everything that needs components calls it."""
+        if self._is_prepared:
+            return
+        callbacks = self.callbacks
+        callbacks.pre_launch(self)
+        self.world.launch()
+        # A copy: another trainer with the same configuration gets a seed and a name of its own.
+        self.config = config = copy.copy(self.config)
+        # Drawn or named on rank 0: on its own each rank would come up with another.
+        seed = secrets.randbits(32) if config.seed is None else config.seed
+        name = config.experiment or fresh_experiment_name()
+        config.seed, config.experiment = self.world.broadcast((seed, name))
+        seed_everything(self.seed)
+        callbacks.pre_configure(self)
+        self.configure()
+        callbacks.post_configure(self)
+        callbacks.pre_setup(self)
+        self.setup()
+        self._bind()
+        self._is_prepared = True
+        callbacks.post_setup(self)
+
+    @property
+    def seed(self) -> int:
+        """Seed of the run. Known once the run is launched, if the configuration has none."""
+        assert self.config.seed is not None, "the run has no seed before it is launched"
+        return self.config.seed
+
+    def _bind(self) -> None:
+        """Look up once what every step needs."""
+        self._components = Components.of(
+            self.named_models(), self.named_optimizers(), self.named_schedulers()
+        )
+        self._optimizers = dict(self.named_optimizers())
+        schedulers = {
+            name: self.get_scheduler_from_optimizer(optimizer)
+            for name, optimizer in self._optimizers.items()
+        }
+        self._scheduler_of = {n: one for n, one in schedulers.items() if one is not None}
+        plateau = [
+            name
+            for name, one in self._scheduler_of.items()
+            if isinstance(one, torch.optim.lr_scheduler.ReduceLROnPlateau)
+        ]
+        if plateau:
+            raise ConfigError(
+                "schedulers",
+                [f"{name} is a ReduceLROnPlateau, which needs a metric" for name in plateau],
+                "Keep it out of named_schedulers and step it in a callback's "
+                "post_validation_epoch.",
+            )
+        self.checkpointer = Checkpointer(
+            self.run_directory / "checkpoints", self.world, self.checkpoint_parameters
+        )
+        train = self._adopt(self.train_dataloader, "train_dataloader")
+        val = self.val_dataloader
+        size = self.training_parameters.accumulation(train.batch_size, self.world.dp_size)
+        train = self._adopt(train, "train_dataloader", looks_ahead=size > 1)
+        self._window = AccumulationWindow(size, self.world.dp_size, self._sum_over_data_parallel)
+        self._loop = FitLoop(
+            self,
+            train,
+            None if val is None else self._adopt(val, "val_dataloader"),
+            self._window,
+        )
+
+    def _adopt(self, loader: Any, name: str, looks_ahead: bool = False) -> ResumableLoader:
+        world = self.world
+        if not isinstance(loader, ResumableLoader):
+            loader = ResumableLoader(loader)
+        loader.attach(
+            seed=self.seed,
+            rank=world.dp_rank,
+            size=world.dp_size,
+            looks_ahead=looks_ahead,
+            any_rank=world.any if world.size > 1 else bool,
+        )
+        lengths = world.all_gather_object(loader.num_batches)
+        if len(set(lengths)) > 1:
+            numbers = ", ".join(f"rank {r}: {n}" for r, n in enumerate(lengths))
+            raise ConfigError(
+                name,
+                [f"the ranks have different numbers of batches ({numbers})"],
+                "Give every rank the same number, or a map-style data set, which is divided evenly.",
+            )
+        if lengths[0] == 0 and name == "train_dataloader":
+            raise ConfigError(
+                name,
+                [f"it has no batches (batch_size {loader.batch_size}, {world.dp_size} ranks)"],
+                "Use more samples, a smaller batch, or drop_last=False.",
+            )
+        return loader
+
+    def _restore(self) -> None:
+        if self._is_restored:
+            return
+        parameters, directory = self.checkpoint_parameters, self.run_directory
+        loaded = None
+        if parameters.enable or parameters.resume not in ("auto", "never", "must"):
+            loaded = self.checkpointer.resume(parameters.resume, self._components.template())
+        if loaded is not None:
+            self.load_state_dict(loaded.state)
+            manifest = loaded.manifest
+            self.world.print(
+                f"resuming {directory} at step {manifest.step}, epoch {manifest.epoch} "
+                f"({loaded.path.name}, saved {manifest.saved_at})"
+            )
+        elif parameters.init_from is not None:
+            self._load_weights(parameters.init_from)
+        elif parameters.enable:
+            self.world.print(f"new run in {directory}")
+        self._is_restored = True
+        if parameters.enable and self.world.is_global_zero:
+            text = self._config_yaml or config_yaml(self.config)
+            if record_config(directory, text):
+                print("the configuration differs from the one this run had; see config.yaml*")
+
+    def _load_weights(self, path: str) -> None:
+        loaded = self.checkpointer.load(path, self._components.template())
+        weights = {"models": loaded.state.get("models", {})}
+        problems = [p for p in self._components.problems(weights) if p.startswith("models")]
+        if problems:
+            raise StateError(path, problems, "Fix the model, or leave out init_from.")
+        self._components.load_state_dict(weights)
+        self.world.print(f"weights from {path}")
+
+    def _set_run_rng(self) -> None:
+        """The streams of the first step depend on the seed, or on the checkpoint, alone.
+
+        Ranks that share samples (tensor parallel) share the stream; the others differ.
+        """
+        if self._rng_state is not None:
+            set_rng_state(self._rng_state)
+            self._rng_state = None
+        elif not self.progress.num_batches:
+            seed_everything(derive(self.seed, "train", self.world.dp_rank))
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        parameters = self.training_parameters
+        was_deterministic = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(parameters.deterministic or was_deterministic)
+        status = "failed"
+        try:
+            with torch.autograd.set_detect_anomaly(parameters.detect_anomaly):
+                yield
+            status = "success"
+        except KeyboardInterrupt:
+            self._guarded(lambda: self.callbacks.on_interrupt(self))
+            raise
+        except BaseException as error:
+            exception = error
+            self._guarded(lambda: self.callbacks.on_exception(self, exception))
+            raise
+        finally:
+            torch.use_deterministic_algorithms(was_deterministic)
+            self._guarded(lambda: self.callbacks.close(self))
+            if self.is_fitting and self.world.is_launched and self.world.is_global_zero:
+                for logger in self.loggers.values():
+                    self._guarded(lambda logger=logger: logger.finalize(status))
+            self.is_fitting = False
+            if status == "failed":
+                self.world.close()
+
+    def _say_end(self) -> None:
+        reason = self.stop_reason or "done"
+        place = f": {self.run_directory}" if self.writes_run_directory else ""
+        self.world.print(f"{reason} at step {self.global_step}, epoch {self.current_epoch}{place}")
+
+    @staticmethod
+    def _guarded(call: Any) -> None:
+        """A second failure on the way out must not hide the first."""
+        try:
+            call()
+        except Exception as error:
+            warnings.warn(f"while closing: {type(error).__name__}: {error}", stacklevel=2)
+
+    def _optimizer(self, optimizer: Optimizer | None) -> tuple[str, Optimizer]:
+        if optimizer is None:
+            if len(self._optimizers) != 1:
+                raise UnknownComponentError(
+                    f"step() needs an optimizer, there are {len(self._optimizers)}: "
+                    f"{', '.join(self._optimizers) or 'none'}"
+                )
+            return next(iter(self._optimizers.items()))
+        name = self.get_name_by_optimizer(optimizer)
+        return name, self._optimizers[name]
+
+    def _sum_over_data_parallel(self, total: Tensor) -> Tensor:
+        if self.world.dp_size == 1:
+            return total
+        # Ranks that share samples add the same number, so the sum is too large by their count.
+        summed: Tensor = self.world.all_reduce(total, op="sum")
+        return summed / self.world.tp_size

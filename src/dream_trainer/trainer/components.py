@@ -1,0 +1,109 @@
+"""State of a trainer's models, optimizers and schedulers, by name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from dream_trainer.storage import Like
+from dream_trainer.world.component_state import (
+    load_module_state,
+    load_optimizer_state,
+    module_problems,
+    module_state,
+    optimizer_problems,
+    optimizer_state,
+    parameter_names,
+    state_template,
+)
+from dream_trainer.world.dream_world import unwrap
+
+
+@dataclass(frozen=True)
+class Components:
+    """Models, optimizers and schedulers of a trainer.
+
+    Args:
+        models: name -> model, as the user made it.
+        optimizers: name -> optimizer, as the user made it.
+        schedulers: name -> scheduler.
+    """
+
+    models: Mapping[str, nn.Module]
+    optimizers: Mapping[str, Optimizer]
+    schedulers: Mapping[str, LRScheduler]
+
+    @classmethod
+    def of(
+        cls,
+        models: Mapping[str, nn.Module],
+        optimizers: Mapping[str, Optimizer],
+        schedulers: Mapping[str, LRScheduler] | None,
+    ) -> Components:
+        """Components behind what Fabric wrapped."""
+        return cls(
+            {name: unwrap(model) for name, model in models.items()},
+            {name: unwrap(optimizer) for name, optimizer in optimizers.items()},
+            dict(schedulers or {}),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """State by component name, then by parameter name. Tensors are not copied."""
+        names = parameter_names(self.models)
+        return {
+            "models": {name: module_state(model) for name, model in self.models.items()},
+            "optimizers": {
+                name: optimizer_state(optimizer, names)
+                for name, optimizer in self.optimizers.items()
+            },
+            "schedulers": {name: one.state_dict() for name, one in self.schedulers.items()},
+        }
+
+    def problems(self, state: Mapping[str, Any]) -> list[str]:
+        """What of a state does not fit, one sentence each, with its path."""
+        names = parameter_names(self.models)
+        problems = []
+        for kind, own in self._kinds().items():
+            saved = state.get(kind)
+            if saved is None:
+                problems.append(f"{kind}: missing in the state")
+                continue
+            problems += [f"{kind}.{n}: missing in the state" for n in own if n not in saved]
+            problems += [f"{kind}.{n}: in the state only" for n in saved if n not in own]
+            for name in own.keys() & saved.keys():
+                found: list[str] = []
+                if kind == "models":
+                    found = module_problems(own[name], saved[name])
+                elif kind == "optimizers":
+                    found = optimizer_problems(own[name], saved[name], names)
+                problems += [f"{kind}.{name}.{problem}" for problem in found]
+        return problems
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load what fits; the argument is not changed and not kept."""
+        names = parameter_names(self.models)
+        for kind, own in self._kinds().items():
+            for name in own.keys() & state.get(kind, {}).keys():
+                if kind == "models":
+                    load_module_state(own[name], state[kind][name])
+                elif kind == "optimizers":
+                    load_optimizer_state(own[name], state[kind][name], names)
+                else:
+                    own[name].load_state_dict(copy.deepcopy(state[kind][name]))
+
+    def template(self) -> Like:
+        """Templates for reading a checkpoint: what is sharded here comes back sharded."""
+        return state_template(self.models, parameter_names(self.models))
+
+    def _kinds(self) -> dict[str, Mapping[str, Any]]:
+        return {
+            "models": self.models,
+            "optimizers": self.optimizers,
+            "schedulers": self.schedulers,
+        }

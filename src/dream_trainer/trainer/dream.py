@@ -1,0 +1,365 @@
+"""DreamTrainer: conventions. Say what there is; it is found, named, placed and saved."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import Metric, MetricCollection
+
+from dream_trainer.data import ResumableLoader
+from dream_trainer.errors import ConfigError
+from dream_trainer.trainer.base import BaseTrainer, BaseTrainerConfig
+from dream_trainer.world import MeshStrategy
+from dream_trainer.world.component_state import parameter_names
+from dream_trainer.world.mesh_strategy import blocks_of, shard_blocks
+
+
+@dataclass(kw_only=True)
+class DreamTrainerConfig(BaseTrainerConfig):
+    """The configuration of a :class:`DreamTrainer`. Subclass it and add the model's own."""
+
+
+class DreamTrainer(BaseTrainer):
+    """A trainer that finds what the ``configure_*`` methods make.
+
+    For one model and one optimizer::
+
+        class Classifier(DreamTrainer):
+            def configure_models(self):
+                self.model = Net()
+
+            def configure_optimizers(self):
+                return torch.optim.AdamW(self.model.parameters())
+
+            def configure_dataloaders(self):
+                return train_loader, val_loader
+
+            def compute_loss(self, batch, batch_idx):
+                x, y = batch
+                return F.cross_entropy(self.model(x), y)
+
+    After setup the attributes made by ``configure_models`` hold the wrapped modules, so that
+    calling them runs DDP, sharding and precision; :meth:`named_models` gives the modules as they
+    were made.
+    """
+
+    config: DreamTrainerConfig
+
+    def __init__(self, config: DreamTrainerConfig, *, fabric: Fabric | None = None) -> None:
+        super().__init__(config, fabric=fabric)
+        self._models: dict[str, nn.Module] = {}
+        self._wrapped_models: dict[str, nn.Module] = {}
+        self._named_optimizers: dict[str, Optimizer] = {}
+        self._named_schedulers: dict[str, LRScheduler] = {}
+        self._train_dataloader: Any = None
+        self._val_dataloader: Any = None
+
+    # ------------------------------------------------------------------ what users write
+
+    @abstractmethod
+    def configure_models(self) -> None:
+        """Assign modules to ``self``. Attribute names become the models' names."""
+
+    def init_weights(self) -> None:
+        """Initialise the models, if their constructors do not."""
+
+    def configure_metrics(self) -> None:
+        """Assign torchmetrics to ``self``.
+
+        Update them in the steps: ``self.accuracy.update(logits, labels)``. Training and validation
+        each have their own copy behind the attribute; results are logged as ``train/accuracy`` and
+        ``val/accuracy`` at the end of the phase.
+        """
+
+    def configure_optimizers(self) -> Any:
+        """Make optimizers; models are placed, and sharded, already.
+
+        Returns:
+            One optimizer, a list of them, or a mapping from a model (or a name) to one.
+        """
+        return None
+
+    def configure_schedulers(self) -> Any:
+        """Make learning-rate schedulers on :meth:`named_optimizers`; they step with them.
+
+        Returns:
+            One scheduler, a list of them, or a mapping with schedulers as values.
+        """
+        return None
+
+    @abstractmethod
+    def configure_dataloaders(self) -> Any:
+        """Make the loaders.
+
+        Returns:
+            ``(train, val)``, where ``val`` may be None; or the train loader alone.
+        """
+
+    def compute_loss(self, batch: Any, batch_idx: int) -> Tensor | Mapping[str, Any]:
+        """The loss of a batch, if neither step is overridden.
+
+        Returns:
+            The loss, a mean over the batch; or a mapping with ``"loss"`` and other scalars to
+            log. A ``"weight"`` in it (the number of tokens, say) is how much the batch counts.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} has neither compute_loss nor training_step; write one of them"
+        )
+
+    # ------------------------------------------------------------------ steps
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        """:meth:`compute_loss`, backward, step."""
+        result = self.compute_loss(batch, batch_idx)
+        values = dict(result) if isinstance(result, Mapping) else {"loss": result}
+        self.backward(values["loss"], values.pop("weight", None))
+        norm = self.step()
+        return values if norm is None else {**values, "grad_norm": norm}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        """:meth:`compute_loss`."""
+        result = self.compute_loss(batch, batch_idx)
+        if not isinstance(result, Mapping):
+            return {"loss": result}
+        return {name: value for name, value in result.items() if name != "weight"}
+
+    # ------------------------------------------------------------------ policies
+
+    def apply_tensor_parallel(self, model: nn.Module, mesh: DeviceMesh) -> None:
+        """Split layers over ``mesh`` (torch's ``parallelize_module``), if asked for.
+
+        Raises:
+            ConfigError: always; how a model is split is its author's to say.
+        """
+        raise ConfigError(
+            "device_parameters",
+            [
+                f"tensor_parallel={mesh.size()}, but {type(self).__name__} does not say how to "
+                f"split {type(model).__name__}"
+            ],
+            "Override apply_tensor_parallel, or set tensor_parallel=1.",
+        )
+
+    def apply_activation_checkpointing(self, model: nn.Module) -> None:
+        """Recompute the activations of each block of the largest ``ModuleList`` in backward."""
+        blocks = set(map(id, blocks_of(model)))
+        apply_activation_checkpointing(model, check_fn=lambda part: id(part) in blocks)
+
+    def apply_compile(self, model: nn.Module) -> None:
+        """Compile in place each block of the largest ``ModuleList``, or the model without one."""
+        for part in blocks_of(model) or [model]:
+            part.compile()
+
+    def apply_fully_shard(self, model: nn.Module, **fsdp_arguments: Any) -> None:
+        """Shard each block of the largest ``ModuleList``, then the model.
+
+        Args:
+            model: the module.
+            **fsdp_arguments: ``mesh``, ``mp_policy`` and ``offload_policy`` of torch's
+                ``fully_shard``, as the device parameters ask for.
+        """
+        shard_blocks(model, **fsdp_arguments)
+
+    # ------------------------------------------------------------------ contract
+
+    def configure(self) -> None:
+        """Make models and metrics, and find them."""
+        before = dict(vars(self))
+        self.configure_models()
+        found = {n: v for n, v in vars(self).items() if before.get(n) is not v}
+        metrics = {n: v for n, v in found.items() if isinstance(v, (Metric, MetricCollection))}
+        self._models = {
+            name: value
+            for name, value in found.items()
+            if isinstance(value, nn.Module) and name not in metrics
+        }
+        hidden = [
+            f"self.{name} is a {type(value).__name__} of modules, which would not be trained"
+            for name, value in found.items()
+            if name not in metrics and _holds_modules(value)
+        ]
+        if hidden:
+            raise ConfigError("configure_models", hidden, "Use ModuleList or ModuleDict.")
+        if not self._models:
+            raise ConfigError(
+                "configure_models", ["it assigned no module to self"], "Write self.model = Net()."
+            )
+        self.init_weights()
+        before = dict(vars(self))
+        self.configure_metrics()
+        metrics |= {
+            name: value
+            for name, value in vars(self).items()
+            if before.get(name) is not value and isinstance(value, (Metric, MetricCollection))
+        }
+        self.metrics.adopt(metrics)
+
+    def setup(self) -> None:
+        """Place models, then make what needs them placed: loaders, optimizers, schedulers."""
+        self._wrapped_models = {
+            name: self.world.setup(self._with_policies(model), parallelize=self._parallelize)
+            for name, model in self._models.items()
+        }
+        loaders = self.configure_dataloaders()
+        train, val = loaders if isinstance(loaders, (tuple, list)) else (loaders, None)
+        self._train_dataloader = _resumable(train)
+        self._val_dataloader = None if val is None else _resumable(val)
+        made = self._name_optimizers(self.configure_optimizers())
+        # Their schedulers are made on the optimizers as they are: wrapped ones are new objects.
+        self._named_optimizers = made
+        self._named_schedulers = self._name_schedulers(self.configure_schedulers())
+        self._named_optimizers = {
+            name: self.world.setup_optimizer(optimizer) for name, optimizer in made.items()
+        }
+        self._rebind(self._models, self._wrapped_models)
+        self._rebind(made, self._named_optimizers)
+
+    def named_models(self) -> Mapping[str, nn.Module]:
+        """Name -> model as it was made; call the attribute, not this, to run it."""
+        return self._models
+
+    def named_optimizers(self) -> Mapping[str, Optimizer]:
+        """Name -> optimizer. An optimizer is named after the models it trains."""
+        return self._named_optimizers
+
+    def named_schedulers(self) -> Mapping[str, LRScheduler]:
+        """Name of the optimizer -> its scheduler."""
+        return self._named_schedulers
+
+    @property
+    def train_dataloader(self) -> ResumableLoader:
+        """The train loader, resumable."""
+        return self._train_dataloader  # type: ignore[no-any-return]
+
+    @property
+    def val_dataloader(self) -> ResumableLoader | None:
+        """The validation loader, if there is one."""
+        return self._val_dataloader  # type: ignore[no-any-return]
+
+    @property
+    def sync_modules(self) -> Sequence[nn.Module]:
+        """The wrapped models."""
+        return list(self._wrapped_models.values())
+
+    # ------------------------------------------------------------------ inside
+
+    def _with_policies(self, model: nn.Module) -> nn.Module:
+        """Policies that no mesh is needed for; under ``MeshStrategy`` they come in between."""
+        if not isinstance(self.world.strategy, MeshStrategy):
+            self._apply_local(model)
+        return model
+
+    def _apply_local(self, model: nn.Module) -> None:
+        devices = self.config.device_parameters
+        if devices.checkpoint_activations:
+            self.apply_activation_checkpointing(model)
+        if devices.compile_model:
+            self.apply_compile(model)
+
+    def _parallelize(self, model: nn.Module, strategy: MeshStrategy) -> nn.Module:
+        # The one order that works: what splits layers sees them plain, sharding sees the result.
+        if strategy.tp_size > 1:
+            self.apply_tensor_parallel(model, strategy.device_mesh["tp"])
+        self._apply_local(model)
+        if strategy.dp_size > 1 or strategy.tp_size == 1:
+            self.apply_fully_shard(model, **strategy.fsdp_arguments)
+        return model
+
+    def _name_optimizers(self, made: Any) -> dict[str, Optimizer]:
+        names = parameter_names(self._models)
+        named: dict[str, Optimizer] = {}
+        for key, optimizer in _pairs(made):
+            if not isinstance(optimizer, Optimizer):
+                raise ConfigError(
+                    "configure_optimizers",
+                    [f"it returned a {type(optimizer).__name__}"],
+                    "Return an optimizer, a list of them, or {model: optimizer}.",
+                )
+            trained = (
+                names.get(id(p), "").partition(".")[0]
+                for group in optimizer.param_groups
+                for p in group["params"]
+            )
+            owners = "+".join(dict.fromkeys(filter(None, trained))) or "optimizer"
+            named[_free_name(key if isinstance(key, str) else owners, named)] = optimizer
+        trained_ids = {
+            id(p) for one in named.values() for group in one.param_groups for p in group["params"]
+        }
+        idle = [
+            f"{name}.{parameter}"
+            for name, model in self._models.items()
+            for parameter, p in model.named_parameters()
+            if p.requires_grad and id(p) not in trained_ids
+        ]
+        if idle:
+            shown = ", ".join(idle[:3]) + (f" and {len(idle) - 3} more" if len(idle) > 3 else "")
+            warnings.warn(
+                f"no optimizer trains {shown}. Add them in configure_optimizers, or call "
+                "requires_grad_(False) on them.",
+                stacklevel=2,
+            )
+        return named
+
+    def _name_schedulers(self, made: Any) -> dict[str, LRScheduler]:
+        named: dict[str, LRScheduler] = {}
+        for _, scheduler in _pairs(made):
+            name = self.get_name_by_optimizer(scheduler.optimizer)
+            if name in named:
+                raise ConfigError(
+                    "configure_schedulers",
+                    [f"optimizer {name} has several schedulers"],
+                    "Join them with torch's SequentialLR or ChainedScheduler.",
+                )
+            named[name] = scheduler
+        return named
+
+    def _rebind(self, made: Mapping[str, Any], wrapped: Mapping[str, Any]) -> None:
+        """Let attributes that hold an object as it was made hold the wrapped one."""
+        replacements = {id(made[name]): wrapped[name] for name in made}
+        for attribute, value in list(vars(self).items()):
+            if id(value) in replacements:
+                setattr(self, attribute, replacements[id(value)])
+
+
+def _resumable(loader: Any) -> ResumableLoader:
+    return loader if isinstance(loader, ResumableLoader) else ResumableLoader(loader)
+
+
+def _pairs(made: Any) -> Iterable[tuple[Any, Any]]:
+    """(key or None, object) of what a ``configure_*`` method returned."""
+    if made is None:
+        return
+    if isinstance(made, Mapping):
+        for key, value in made.items():
+            for one in value if isinstance(value, (list, tuple)) else [value]:
+                yield key, one
+    elif isinstance(made, (list, tuple)):
+        yield from ((None, one) for one in made)
+    else:
+        yield None, made
+
+
+def _free_name(name: str, taken: Mapping[str, Any]) -> str:
+    number, free = 0, name
+    while free in taken:
+        number += 1
+        free = f"{name}_{number}"
+    return free
+
+
+def _holds_modules(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return isinstance(value, (list, tuple)) and any(isinstance(v, nn.Module) for v in value)

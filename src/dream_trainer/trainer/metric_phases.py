@@ -1,0 +1,115 @@
+"""torchmetrics of a trainer: one copy per phase, reset, synchronised and computed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torchmetrics import Metric, MetricCollection
+
+from dream_trainer.metrics import to_host
+
+if TYPE_CHECKING:
+    from dream_trainer.trainer.base import BaseTrainer
+
+AnyMetric = Metric | MetricCollection
+
+
+class MetricPhases:
+    """Lets one attribute of the trainer serve training and validation without mixing them.
+
+    ``trainer.accuracy`` is the copy of the phase under way: ``"train"``, ``"val"``, ``"test"``,
+    and ``"filler"`` for batches that only keep ranks in step.
+
+    Args:
+        trainer: whose attributes are set.
+    """
+
+    def __init__(self, trainer: BaseTrainer) -> None:
+        self._trainer = trainer
+        self._originals: dict[str, AnyMetric] = {}
+        self._phases: dict[str, dict[str, AnyMetric]] = {}
+        self._current = ""
+
+    def adopt(self, metrics: Mapping[str, AnyMetric]) -> None:
+        """Take over metrics; the key is both the attribute and the name of the result."""
+        self._originals = {
+            name: metric.to(self._trainer.world.device) for name, metric in metrics.items()
+        }
+        self._phases = {}
+
+    def enter(self, phase: str) -> None:
+        """Make the copies of a phase the trainer's attributes."""
+        if phase == self._current or not self._originals:
+            return
+        self._current = phase
+        for name, metric in self._copies(phase).items():
+            setattr(self._trainer, name, metric)
+
+    def reset(self, phase: str) -> None:
+        """Forget what a phase has seen."""
+        for metric in self._copies(phase).values():
+            metric.reset()
+
+    def compute(self, phase: str) -> dict[str, float]:
+        """Results over all ranks of the metrics that were updated in a phase.
+
+        Returns:
+            ``"phase/name"``, or ``"phase/name/part"`` for results of several values.
+        """
+        copies = self._copies(phase)
+        # A rank without data takes part all the same: computing is a collective.
+        mine = [name for name, metric in copies.items() if _was_updated(metric)]
+        updated = {n for names in self._trainer.world.all_gather_object(mine) for n in names}
+        values: dict[str, Any] = {}
+        for name in sorted(updated):
+            result = copies[name].compute()
+            if isinstance(result, Mapping):
+                values |= {f"{phase}/{name}/{key}": value for key, value in result.items()}
+            elif getattr(result, "ndim", 0):
+                values |= {f"{phase}/{name}/{i}": value for i, value in enumerate(result)}
+            else:
+                values[f"{phase}/{name}"] = result
+        return dict(zip(values, to_host(list(values.values())), strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank's training metrics have gathered so far in the epoch."""
+        return {
+            path: {"count": metric._update_count, "state": dict(metric.metric_state)}
+            for path, metric in _flat(self._copies("train"))
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what :meth:`state_dict` gave; metrics it does not know stay as they are."""
+        for path, metric in _flat(self._copies("train")):
+            if path not in state:
+                continue
+            for name, value in state[path]["state"].items():
+                setattr(metric, name, _on_device(copy.deepcopy(value), metric))
+            metric._update_count = state[path]["count"]
+            metric._computed = None
+
+    def _copies(self, phase: str) -> dict[str, AnyMetric]:
+        if phase not in self._phases:
+            self._phases[phase] = {n: m.clone() for n, m in self._originals.items()}
+        return self._phases[phase]
+
+
+def _flat(metrics: Mapping[str, AnyMetric]) -> Iterator[tuple[str, Metric]]:
+    for name, metric in metrics.items():
+        if isinstance(metric, MetricCollection):
+            parts = metric.items(keep_base=True, copy_state=True)
+            yield from ((f"{name}.{key}", part) for key, part in parts)
+        else:
+            yield name, metric
+
+
+def _was_updated(metric: AnyMetric) -> bool:
+    return any(part.update_called for _, part in _flat({"": metric}))
+
+
+def _on_device(value: Any, metric: Metric) -> Any:
+    if isinstance(value, list):
+        return [_on_device(item, metric) for item in value]
+    return value.to(metric.device)

@@ -1,0 +1,75 @@
+"""Where a run is on disk, and the configuration that it records there."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dream_trainer.randomness import derive
+from dream_trainer.storage import move_aside, write_text
+
+# What names a job in every restart of it, by launcher or scheduler.
+_JOB_VARIABLES = ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "LSB_JOBID", "PBS_JOBID")
+_ADJECTIVES = (
+    "amber bold brisk calm clear coral crisp dapper eager early fair fleet gentle golden keen "
+    "lively lucid mellow merry nimble quiet rapid serene silver steady sunny swift tidy vivid warm"
+).split()
+_NOUNS = (
+    "badger birch brook cedar comet condor delta ember falcon fern finch grove harbor heron iris "
+    "lark lynx maple meadow moss otter owl pine plover quartz raven river sparrow thistle wren"
+).split()
+
+
+def fresh_experiment_name() -> str:
+    """A readable name: the same in every restart of a job that has an id, else a new one."""
+    ids = (os.environ.get(name) for name in _JOB_VARIABLES)
+    job = next((one for one in ids if one and one != "none"), None)
+    number = secrets.randbits(64) if job is None else derive(job)
+    adjective = _ADJECTIVES[number % len(_ADJECTIVES)]
+    noun = _NOUNS[number // 1000 % len(_NOUNS)]
+    return f"{adjective}-{noun}-{number // 10**6 % 10_000:04d}"
+
+
+def config_yaml(config: Any) -> str:
+    """A configuration as YAML, complete and in the order of its fields.
+
+    Objects that are not plain data appear by their class path: such a file is a record, and
+    can only be fed back if their arguments are filled in.
+    """
+    return str(yaml.safe_dump(_plain(config), sort_keys=False))
+
+
+def record_config(directory: Path, text: str) -> bool:
+    """Write ``config.yaml``; an older one that differs is renamed.
+
+    Returns:
+        Whether there was one that differs.
+    """
+    path = directory / "config.yaml"
+    old = path.read_text(encoding="utf-8") if path.exists() else None
+    if old == text:
+        return False
+    if old is not None:
+        move_aside(path, "superseded")
+    write_text(path, text)
+    return old is not None
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    return {"class_path": f"{type(value).__module__}.{type(value).__qualname__}"}

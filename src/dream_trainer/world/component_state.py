@@ -1,0 +1,209 @@
+"""State of modules and optimizers by parameter name, the same under every strategy."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+#: What wrappers of torch put into names; the user's own names are those without.
+_INFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+def clean_name(name: str) -> str:
+    """A parameter's name without what compilation and activation checkpointing put into it."""
+    for infix in _INFIXES:
+        name = name.replace(infix, "")
+    return name
+
+
+def parameter_names(models: Mapping[str, nn.Module]) -> dict[int, str]:
+    """``id(parameter) -> "model.name"`` for every parameter of the models.
+
+    A parameter that several modules share has its first name.
+    """
+    names: dict[int, str] = {}
+    for model_name, model in models.items():
+        for part in model.modules():
+            if isinstance(part, FSDPModule):
+                # After a forward without backward its parameters are the gathered ones, which
+                # no optimizer knows.
+                part.reshard()
+        for name, parameter in model.named_parameters():
+            names.setdefault(id(parameter), f"{model_name}.{clean_name(name)}")
+    return names
+
+
+def module_state(module: nn.Module) -> dict[str, Any]:
+    """Parameters and buffers by name: detached, not copied, sharded ones as DTensors."""
+    return {clean_name(name): value for name, value in module.state_dict().items()}
+
+
+def module_problems(module: nn.Module, state: Mapping[str, Any]) -> list[str]:
+    """What of a state does not fit a module, one sentence each."""
+    own = module_state(module)
+    problems = [f"{name}: missing in the state" for name in own if name not in state]
+    problems += [f"{name}: in the state, not in the model" for name in state if name not in own]
+    for name in own.keys() & state.keys():
+        if not _fits(state[name], own[name]):
+            problems.append(
+                f"{name}: {_described(state[name])} in the state, "
+                f"{_described(own[name])} in the model"
+            )
+    return problems
+
+
+def load_module_state(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Load what fits of a state that was made under this or any other strategy."""
+    own = {clean_name(name): (name, value) for name, value in module.state_dict().items()}
+    fitting = {
+        own[name][0]: _laid_out_like(value, own[name][1])
+        for name, value in state.items()
+        if name in own and _fits(value, own[name][1])
+    }
+    module.load_state_dict(fitting, strict=False)
+
+
+def optimizer_state(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, Any]:
+    """State and parameter groups with parameters by name instead of by index."""
+    state = optimizer.state_dict()
+    by_index = _names_by_index(optimizer, names)
+    return {
+        "state": {by_index[index]: dict(entry) for index, entry in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [by_index[index] for index in group["params"]]}
+            for group in state["param_groups"]
+        ],
+    }
+
+
+def optimizer_problems(
+    optimizer: Optimizer, state: Mapping[str, Any], names: Mapping[int, str]
+) -> list[str]:
+    """What of a state does not fit an optimizer, one sentence each."""
+    parameters = _parameters_by_name(optimizer, names)
+    saved = [name for group in state["param_groups"] for name in group["params"]]
+    problems = [f"{name}: missing in the state" for name in parameters if name not in saved]
+    problems += [f"{n}: in the state, not in the optimizer" for n in saved if n not in parameters]
+    if len(state["param_groups"]) != len(optimizer.param_groups):
+        problems.append(
+            f"param_groups: {len(state['param_groups'])} in the state, "
+            f"{len(optimizer.param_groups)} in the optimizer"
+        )
+    for name in parameters.keys() & state["state"].keys():
+        problems += [
+            f"{name}.{key}: {_described(value)} in the state, the parameter has "
+            f"{_described(parameters[name])}"
+            for key, value in state["state"][name].items()
+            if not _fits_parameter(value, parameters[name])
+        ]
+    return problems
+
+
+def load_optimizer_state(
+    optimizer: Optimizer, state: Mapping[str, Any], names: Mapping[int, str]
+) -> None:
+    """Load the state of the parameters that fit, and the settings of the groups."""
+    parameters = _parameters_by_name(optimizer, names)
+    indices = {name: index for index, name in enumerate(parameters)}
+    entries = {
+        indices[name]: {key: _laid_out_like(v, parameters[name]) for key, v in entry.items()}
+        for name, entry in state["state"].items()
+        if name in parameters
+        and all(_fits_parameter(value, parameters[name]) for value in entry.values())
+    }
+    groups = copy.deepcopy(optimizer.state_dict()["param_groups"])
+    for own, saved in zip(groups, state["param_groups"], strict=False):
+        own.update({k: copy.deepcopy(v) for k, v in saved.items() if k != "params"})
+    optimizer.load_state_dict({"state": entries, "param_groups": groups})
+
+
+def state_template(
+    models: Mapping[str, nn.Module], names: Mapping[int, str]
+) -> Callable[[tuple[str | int, ...], torch.Size], Tensor | None]:
+    """Templates for reading: sharded models and their optimizer state come back sharded."""
+    sharded = {
+        names[id(parameter)]: parameter
+        for model in models.values()
+        for parameter in model.parameters()
+        if isinstance(parameter, DTensor)
+    }
+
+    def like(path: tuple[str | int, ...], size: torch.Size) -> Tensor | None:
+        if not sharded:
+            return None
+        if path[0] == "models" and len(path) == 3:
+            parameter = sharded.get(f"{path[1]}.{path[2]}")
+        elif path[0] == "optimizers" and len(path) == 5:
+            parameter = sharded.get(str(path[3]))
+        else:
+            return None
+        return parameter.detach() if parameter is not None and parameter.shape == size else None
+
+    return like
+
+
+def unsharded_norm(norm: Tensor) -> Tensor:
+    """A gradient norm as a plain tensor of no dimensions. Sharded: one all-reduce."""
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def gradients(optimizers: Iterable[Optimizer]) -> list[Tensor]:
+    """The gradients that optimizers would step with."""
+    return [
+        parameter.grad
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.grad is not None
+    ]
+
+
+def _names_by_index(optimizer: Optimizer, names: Mapping[int, str]) -> dict[int, str]:
+    return dict(enumerate(_parameters_by_name(optimizer, names)))
+
+
+def _parameters_by_name(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, Tensor]:
+    """The optimizer's parameters, in the order of its indices."""
+    return {
+        # A parameter outside every model has its place in the optimizer as its name.
+        names.get(id(parameter), f"group{number}.{position}"): parameter
+        for number, group in enumerate(optimizer.param_groups)
+        for position, parameter in enumerate(group["params"])
+    }
+
+
+def _fits(value: Any, target: Any) -> bool:
+    if isinstance(value, Tensor) != isinstance(target, Tensor):
+        return False
+    return not isinstance(value, Tensor) or value.shape == target.shape
+
+
+def _fits_parameter(value: Any, parameter: Tensor) -> bool:
+    """State has its parameter's shape, or is a number that belongs to it (a step count)."""
+    is_like_parameter = isinstance(value, Tensor) and value.ndim == parameter.ndim > 0
+    return not is_like_parameter or value.shape == parameter.shape
+
+
+def _described(value: Any) -> str:
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _laid_out_like(value: Any, target: Any) -> Any:
+    """A copy of ``value``, sharded like ``target`` if that is sharded and of the same shape.
+
+    A copy, because modules and optimizers keep what they are given and change it in place.
+    """
+    if not isinstance(value, Tensor):
+        return copy.deepcopy(value)
+    if isinstance(target, DTensor):
+        if isinstance(value, DTensor) or value.shape != target.shape:
+            return value.clone()
+        return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
+    return value.full_tensor() if isinstance(value, DTensor) else value.clone()

@@ -1,0 +1,414 @@
+"""DreamWorld: the one place where a trainer meets Lightning Fabric."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+import torch
+import torch.distributed as dist
+from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.strategies import (
+    DDPStrategy,
+    ModelParallelStrategy,
+    ParallelStrategy,
+    Strategy,
+)
+from lightning.fabric.wrappers import _FabricModule, _FabricOptimizer
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+
+from dream_trainer.configs import DeviceParameters
+from dream_trainer.storage import Tree, read_tree, save_directory, tensor_leaves
+from dream_trainer.world.component_state import gradients, unsharded_norm
+from dream_trainer.world.dream_fabric import DreamFabric
+from dream_trainer.world.gradient_sync import no_gradient_sync
+from dream_trainer.world.mesh_strategy import MeshStrategy, Parallelize
+from dream_trainer.world.strategy import fabric_arguments
+
+T = TypeVar("T")
+_NOTHING = nullcontext()
+
+
+class DreamWorld:
+    """Ranks, device, precision and collectives of a run.
+
+    Builds a :class:`DreamFabric` from device parameters, or works with a ``Fabric`` given by
+    the user, under any strategy; what is launched already is not launched again.
+
+    Args:
+        device_parameters: what to build; the default is everything ``"auto"``.
+        fabric: an existing ``Fabric``; device parameters are then not looked at.
+
+    Raises:
+        ConfigError: the device parameters cannot work here.
+    """
+
+    def __init__(
+        self,
+        device_parameters: DeviceParameters | None = None,
+        *,
+        fabric: Fabric | None = None,
+    ) -> None:
+        if fabric is None:
+            fabric = DreamFabric(**fabric_arguments(device_parameters or DeviceParameters()))
+        self._fabric = fabric
+        self._opened_group = False
+
+    @classmethod
+    def from_fabric(cls, fabric: Fabric) -> DreamWorld:
+        """A world around an existing ``Fabric``."""
+        return cls(fabric=fabric)
+
+    # ------------------------------------------------------------------ what it is
+
+    @property
+    def fabric(self) -> Fabric:
+        """The Fabric behind it."""
+        return self._fabric
+
+    @property
+    def strategy(self) -> Strategy:
+        """Fabric's strategy."""
+        return self._fabric.strategy
+
+    @property
+    def precision(self) -> str:
+        """The precision in Fabric's names, ``"bf16-mixed"`` for example."""
+        strategy = self.strategy
+        if isinstance(strategy, MeshStrategy):
+            return strategy.precision_name
+        return str(strategy.precision.precision)
+
+    @property
+    def rank(self) -> int:
+        """Index of this process among all, from 0."""
+        self._require_known("rank")
+        return self._fabric.global_rank
+
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+        self._require_known("size")
+        return self._fabric.world_size
+
+    @property
+    def local_rank(self) -> int:
+        """Index of this process on its machine."""
+        self._require_known("local_rank")
+        return self._fabric.local_rank
+
+    @property
+    def node_rank(self) -> int:
+        """Index of this machine."""
+        self._require_known("node_rank")
+        return self._fabric.node_rank
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process."""
+        self._require_known("device")
+        return self._fabric.device
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this is rank 0, the one that writes, draws and decides."""
+        return self.rank == 0
+
+    @property
+    def mesh(self) -> DeviceMesh | None:
+        """The named device mesh, if the strategy has one."""
+        if not isinstance(self.strategy, ModelParallelStrategy):
+            return None
+        self._require_known("mesh")
+        return self.strategy.device_mesh
+
+    @property
+    def dp_size(self) -> int:
+        """Number of data-parallel ranks: those that get different samples."""
+        return self._data_parallel()[0]
+
+    @property
+    def dp_rank(self) -> int:
+        """Index of this process among them."""
+        return self._data_parallel()[1]
+
+    @property
+    def tp_size(self) -> int:
+        """Number of ranks that share the same samples."""
+        return self.size // self.dp_size
+
+    @property
+    def tp_rank(self) -> int:
+        """Index of this process among them."""
+        return self.rank % self.tp_size
+
+    @property
+    def callbacks(self) -> list[Any]:
+        """Callbacks that are registered on the Fabric."""
+        return list(self._fabric._callbacks)
+
+    @property
+    def is_launched(self) -> bool:
+        """Whether the processes of the run exist and know each other."""
+        return bool(self._fabric._launched) or not isinstance(self.strategy, ParallelStrategy)
+
+    # ------------------------------------------------------------------ life
+
+    def launch(self) -> None:
+        """Start the other processes and join the process group. Calling it again is harmless."""
+        if self._fabric._launched:
+            return
+        had_group = _has_group()
+        self._fabric.launch()
+        self._opened_group = not had_group and _has_group()
+
+    def close(self) -> None:
+        """Leave the process group, if :meth:`launch` joined it."""
+        if self._opened_group and _has_group():
+            dist.destroy_process_group()
+        self._opened_group = False
+
+    # ------------------------------------------------------------------ training
+
+    def setup(
+        self,
+        module: nn.Module,
+        *optimizers: Optimizer,
+        parallelize: Parallelize | None = None,
+    ) -> Any:
+        """Place a module on the device and wrap it for the strategy.
+
+        Under ``MeshStrategy`` make the optimizer after this call, or hand it in here.
+
+        Args:
+            module: a module that was not set up before.
+            *optimizers: its optimizers, if they exist already.
+            parallelize: how ``MeshStrategy`` shards this module, instead of its default.
+
+        Returns:
+            The wrapped module, or a tuple of it and the wrapped optimizers, as Fabric does.
+        """
+        strategy = self.strategy
+        trains = any(parameter.requires_grad for parameter in module.parameters())
+        if isinstance(strategy, DDPStrategy) and not trains and not optimizers:
+            # DDP refuses a module without gradients; a frozen teacher or a loss has none.
+            module = strategy.precision.convert_module(module)
+            strategy.module_to_device(module)
+            return _FabricModule(module, strategy, original_module=module)
+        if not isinstance(strategy, MeshStrategy) or parallelize is None:
+            return self._fabric.setup(module, *optimizers)
+        default, strategy.parallelize = strategy.parallelize, parallelize
+        try:
+            return self._fabric.setup(module, *optimizers)
+        finally:
+            strategy.parallelize = default
+
+    def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """Wrap an optimizer so that its step goes through strategy and precision."""
+        if isinstance(optimizer, _FabricOptimizer):
+            return optimizer
+        return self._fabric.setup_optimizers(optimizer)  # type: ignore[return-value]
+
+    def setup_dataloader(self, loader: Any) -> Any:
+        """Fabric's own set-up of a torch ``DataLoader``; it keeps no position.
+
+        :class:`~dream_trainer.data.ResumableLoader` is what the trainers use.
+        """
+        return self._fabric.setup_dataloaders(loader)
+
+    def to_device(self, batch: T) -> T:
+        """Move the tensors of a batch to the device of this process."""
+        if self._fabric.device.type == "cpu":
+            return batch
+        return self._fabric.to_device(batch)  # type: ignore[no-any-return]
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward pass through the precision plugin (loss scaling)."""
+        self._fabric.backward(loss)
+
+    def accumulate(
+        self, models: Iterable[nn.Module], enabled: bool
+    ) -> AbstractContextManager[None]:
+        """Keep gradients local in the block, for batches that do not end their window.
+
+        Args:
+            models: wrapped modules whose forward and backward run in the block.
+            enabled: False does nothing, so gradients are synchronised as usual.
+        """
+        return no_gradient_sync(models) if enabled and self.is_parallel else _NOTHING
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether gradients are synchronised between processes."""
+        return isinstance(self.strategy, ParallelStrategy)
+
+    def clip_gradients(
+        self,
+        optimizer: Optimizer,
+        *,
+        max_norm: float | None = None,
+        clip_val: float | None = None,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        module: nn.Module | None = None,
+    ) -> Tensor:
+        """Clip the gradients of an optimizer and measure them.
+
+        Args:
+            optimizer: whose gradients.
+            max_norm: scale them down to this norm; None leaves them as they are.
+            clip_val: cut each element to plus or minus this instead.
+            norm_type: which norm.
+            error_if_nonfinite: raise at a norm that is NaN or infinite; costs a host sync.
+            module: needed by FSDP1 only.
+
+        Returns:
+            The norm before clipping: a plain tensor without dimensions, on the device, the same
+            on every rank.
+        """
+        raw: Optimizer = unwrap(optimizer)
+        if max_norm is not None:
+            norm = self.strategy.clip_gradients_norm(
+                module if module is not None else nn.Identity(),
+                raw,
+                max_norm=max_norm,
+                norm_type=norm_type,
+                error_if_nonfinite=error_if_nonfinite,
+            )
+            return unsharded_norm(norm)
+        self.strategy.precision.unscale_gradients(raw)
+        grads = gradients([raw])
+        norm = nn.utils.get_total_norm(grads, norm_type, error_if_nonfinite)
+        if clip_val is not None:
+            for grad in grads:
+                grad.clamp_(-clip_val, clip_val)
+        return unsharded_norm(norm)
+
+    # ------------------------------------------------------------------ collectives
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self._fabric.barrier()
+
+    def broadcast(self, value: T, src: int = 0) -> T:
+        """The value of rank ``src``, on every rank. Any object that pickles."""
+        return self._fabric.broadcast(value, src=src)
+
+    def all_gather(self, data: Any) -> Any:
+        """Tensors of every rank, stacked along a new first dimension (none on one process)."""
+        return self._fabric.all_gather(data)
+
+    def all_reduce(self, data: Any, op: str = "mean") -> Any:
+        """Tensors reduced over all ranks: ``"mean"``, ``"sum"``, ``"min"`` or ``"max"``."""
+        if op in ("mean", "sum"):
+            return self._fabric.all_reduce(data, reduce_op=op)
+        if self.size == 1:
+            return data
+        reduced = data.clone()
+        dist.all_reduce(reduced, op={"min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[op])
+        return reduced
+
+    def all_gather_object(self, value: T) -> list[T]:
+        """The value of every rank, in rank order. Any object that pickles."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` holds on any rank. One small collective."""
+        if self.size == 1:
+            return flag
+        tensor = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return bool(tensor.item())
+
+    # ------------------------------------------------------------------ state and files
+
+    def precision_state(self) -> dict[str, Any]:
+        """State of the precision plugin: the loss scale under ``"16-mixed"``, else nothing."""
+        return dict(self.strategy.precision.state_dict())
+
+    def load_precision_state(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`precision_state`."""
+        if state:
+            self.strategy.precision.load_state_dict(dict(state))
+
+    def save(self, path: str | Path, state: Tree) -> None:
+        """Write a tree of plain data and tensors as a checkpoint directory, whole or not at all.
+
+        Raises:
+            TypeError: something is neither plain data nor a tensor; the message names it.
+            CheckpointError: writing failed on some rank.
+        """
+        save_directory(Path(path), state, {}, rank=self.rank, world_size=self.size, step=0, epoch=0)
+
+    def load(self, path: str | Path, state: Tree | None = None) -> Tree:
+        """Read a checkpoint directory as plain data and tensors; nothing is applied.
+
+        Args:
+            path: what :meth:`save` wrote.
+            state: a tree whose tensors say which ones come back sharded, and how.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        templates = dict(tensor_leaves(state))
+        shared, _ = read_tree(Path(path), lambda name, size: templates.get(name), rank=self.rank)
+        return shared
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print on rank 0 only."""
+        if self.is_global_zero:
+            print(*args, **kwargs)
+
+    # ------------------------------------------------------------------ inside
+
+    def _data_parallel(self) -> tuple[int, int]:
+        self._require_known("dp_size")
+        strategy = self.strategy
+        if isinstance(strategy, MeshStrategy):
+            return strategy.dp_size, strategy.dp_rank
+        if isinstance(strategy, ModelParallelStrategy):
+            mesh = strategy.device_mesh["data_parallel"]
+            return mesh.size(), mesh.get_local_rank()
+        return self.size, self.rank
+
+    def _require_known(self, what: str) -> None:
+        if self.is_launched:
+            return
+        environment = getattr(self.strategy, "cluster_environment", None)
+        if environment is None or isinstance(environment, LightningEnvironment):
+            # Fabric would answer 0 of 1 here, on every rank.
+            raise RuntimeError(
+                f"world.{what} is not known before the processes are started. "
+                "Call world.launch() first, or start the script with torchrun."
+            )
+
+
+@overload
+def unwrap(wrapped: nn.Module) -> nn.Module: ...
+@overload
+def unwrap(wrapped: Optimizer) -> Optimizer: ...
+def unwrap(wrapped: Any) -> Any:
+    """The user's own object behind what Fabric wrapped; anything else as it is."""
+    if isinstance(wrapped, _FabricModule):
+        return wrapped.module
+    if isinstance(wrapped, _FabricOptimizer):
+        return wrapped.optimizer
+    if isinstance(wrapped, nn.parallel.DistributedDataParallel):
+        return wrapped.module
+    return wrapped
+
+
+def _has_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+__all__ = ["DreamWorld", "unwrap"]

@@ -1,0 +1,273 @@
+"""FSDP2, HSDP and tensor parallel as one Fabric strategy over one named device mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.precision import MixedPrecision, Precision
+from lightning.fabric.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.optim import Optimizer
+
+from dream_trainer.configs import DeviceParameters
+from dream_trainer.configs.device import Size
+from dream_trainer.errors import ConfigError, StateError
+from dream_trainer.storage import read_tree, save_directory
+from dream_trainer.world.component_state import (
+    load_module_state,
+    load_optimizer_state,
+    module_problems,
+    module_state,
+    optimizer_problems,
+    optimizer_state,
+    parameter_names,
+    state_template,
+)
+
+DP_REPLICATE, DP_SHARD, TP = "dp_replicate", "dp_shard", "tp"
+
+#: Applies parallelism to a module: ``parallelize(module, strategy) -> module``.
+Parallelize = Callable[[nn.Module, "MeshStrategy"], nn.Module]
+
+
+def blocks_of(module: nn.Module) -> list[nn.Module]:
+    r"""The repeated blocks of a model: the children of its largest ``ModuleList``\\ s.
+
+    Largest by parameters; lists of the same size count alike. Empty if there is no list.
+    """
+    lists = [part for part in module.modules() if isinstance(part, nn.ModuleList) and len(part)]
+    sizes = [sum(p.numel() for p in part.parameters()) for part in lists]
+    return [
+        block
+        for part, size in zip(lists, sizes, strict=True)
+        if size == max(sizes)
+        for block in part
+    ]
+
+
+def shard_blocks(module: nn.Module, **fsdp_arguments: Any) -> None:
+    """Default sharding policy: each block on its own, then the root."""
+    for block in blocks_of(module):
+        fully_shard(block, **fsdp_arguments)
+    fully_shard(module, **fsdp_arguments)
+
+
+def _parallelize(module: nn.Module, strategy: MeshStrategy) -> nn.Module:
+    shard_blocks(module, **strategy.fsdp_arguments)
+    return module
+
+
+class MeshStrategy(ModelParallelStrategy):
+    """Shard models with FSDP2, replicate shards (HSDP), split layers (tensor parallel).
+
+    The mesh has the dimensions ``dp_replicate``, ``dp_shard`` and ``tp``, those above 1 only.
+    Mixed precision is FSDP2's policy (parameters in half, reductions in float32), not autocast.
+    Runs on CUDA and, over gloo, on CPU ranks. Use it through ``DeviceParameters``, or alone::
+
+        fabric = Fabric(devices=2, strategy=MeshStrategy(dp_shard=2))
+
+    Args:
+        dp_replicate: copies of the model.
+        dp_shard: ranks one copy is sharded over; ``"auto"`` takes what is left.
+        tensor_parallel: ranks one layer is split over; needs a ``parallelize`` of your own.
+        parallelize: applies parallelism to each module given to ``setup``; the default shards
+            each block of the largest ``ModuleList``, then the root.
+        cpu_offload: keep shards in CPU memory between uses.
+        timeout: how long a collective waits for the other ranks.
+    """
+
+    def __init__(
+        self,
+        dp_replicate: Size = 1,
+        dp_shard: Size = "auto",
+        tensor_parallel: Size = 1,
+        *,
+        parallelize: Parallelize = _parallelize,
+        cpu_offload: bool = False,
+        timeout: timedelta = timedelta(seconds=600),
+    ) -> None:
+        super().__init__(
+            parallelize_fn=lambda module, mesh: self.parallelize(module, self), timeout=timeout
+        )
+        self.sizes = DeviceParameters(
+            dp_replicate=dp_replicate, dp_shard=dp_shard, tensor_parallel=tensor_parallel
+        )
+        self.parallelize = parallelize
+        self.cpu_offload = cpu_offload
+
+    @property
+    def precision(self) -> Precision:
+        """The precision plugin. Mixed precision is FSDP2's own, so no autocast on top of it."""
+        return Precision() if isinstance(self._precision, MixedPrecision) else super().precision
+
+    @precision.setter
+    def precision(self, precision: Precision | None) -> None:
+        self._precision = precision
+
+    @property
+    def precision_name(self) -> str:
+        """The precision that was asked for, in Fabric's names."""
+        return "32-true" if self._precision is None else str(self._precision.precision)
+
+    @property
+    def fsdp_arguments(self) -> dict[str, Any]:
+        """Arguments of ``fully_shard`` for this mesh, precision and offload setting."""
+        names = [name for name in (DP_REPLICATE, DP_SHARD) if name in self._dimensions]
+        if DP_SHARD not in names:
+            raise ConfigError(
+                "device_parameters",
+                [f"the mesh has no dp_shard dimension, only {', '.join(self._dimensions)}"],
+                "Set dp_shard above 1, or use DDP.",
+            )
+        arguments: dict[str, Any] = {"mesh": self.device_mesh[tuple(names)]}
+        if isinstance(self._precision, MixedPrecision):
+            half = torch.bfloat16 if self.precision_name.startswith("bf16") else torch.float16
+            arguments["mp_policy"] = MixedPrecisionPolicy(
+                param_dtype=half, reduce_dtype=torch.float32, output_dtype=torch.float32
+            )
+        if self.cpu_offload:
+            arguments["offload_policy"] = CPUOffloadPolicy()
+        return arguments
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Number of data-parallel ranks and the index of this one."""
+        return {"num_replicas": self.dp_size, "rank": self.dp_rank}
+
+    @property
+    def dp_size(self) -> int:
+        """Data-parallel ranks: ``dp_replicate`` x ``dp_shard``."""
+        return self.world_size // self.tp_size
+
+    @property
+    def dp_rank(self) -> int:
+        """Index of this rank among the data-parallel ones."""
+        return self.global_rank // self.tp_size
+
+    @property
+    def tp_size(self) -> int:
+        """Ranks that share one data-parallel index."""
+        size = self.sizes.tensor_parallel
+        return 1 if size == "auto" else size
+
+    @property
+    def tp_rank(self) -> int:
+        """Index of this rank among those."""
+        return self.global_rank % self.tp_size
+
+    def setup_environment(self) -> None:
+        """Join the process group and build the mesh."""
+        assert self.accelerator is not None
+        self.accelerator.setup_device(self.root_device)
+        self._setup_distributed()
+        self.sizes = self.sizes.resolve(self.world_size)
+        dimensions = self._dimensions
+        self._device_mesh = init_device_mesh(
+            self.root_device.type, tuple(dimensions.values()), mesh_dim_names=tuple(dimensions)
+        )
+
+    def setup_module_and_optimizers(
+        self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
+    ) -> tuple[nn.Module, list[Optimizer], Any]:
+        """Shard the module and let optimizers made before follow it to the new parameters.
+
+        Otherwise they would keep stepping the unsharded ones, which nothing uses any more.
+        """
+        old = {id(parameter): name for name, parameter in module.named_parameters()}
+        module = self.setup_module(module)
+        new = dict(module.named_parameters())
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["params"] = [new[old[id(p)]] if id(p) in old else p for p in group["params"]]
+        return module, optimizers, scheduler
+
+    def save_checkpoint(
+        self,
+        path: str | Path,
+        state: dict[str, Any],
+        storage_options: Any | None = None,
+        filter: dict[str, Callable[[str, Any], bool]] | None = None,
+    ) -> None:
+        """Write a checkpoint directory; any number of models, optimizers and stateful objects.
+
+        The directory appears whole or not at all.
+        """
+        if storage_options is not None:
+            raise TypeError("storage_options: MeshStrategy writes to file systems only")
+        models = {key: value for key, value in state.items() if isinstance(value, nn.Module)}
+        names = parameter_names(models)
+        tree: dict[str, Any] = {"models": {}, "optimizers": {}, "other": {}}
+        for key, value in state.items():
+            if isinstance(value, nn.Module):
+                kind, content = "models", module_state(value)
+            elif isinstance(value, Optimizer):
+                kind, content = "optimizers", optimizer_state(value, names)
+            else:
+                kind = "other"
+                content = value.state_dict() if hasattr(value, "state_dict") else value
+            if filter and key in filter and isinstance(content, dict):
+                content = {k: v for k, v in content.items() if filter[key](k, v)}
+            tree[kind][key] = content
+        target = Path(self.broadcast(str(path)))
+        save_directory(
+            target, tree, {}, rank=self.global_rank, world_size=self.world_size, step=0, epoch=0
+        )
+
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        state: nn.Module | Optimizer | dict[str, Any] | None = None,
+        strict: bool = True,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Restore the objects in ``state`` in place; return what was not asked for.
+
+        Stateful objects get their ``load_state_dict`` called, other values are put into
+        ``state``. Only plain data and tensors are ever unpickled.
+        """
+        source = Path(self.broadcast(str(path)))
+        if isinstance(state, (nn.Module, Optimizer)) or source.is_file():
+            return super().load_checkpoint(source, state, strict, weights_only)
+        state = {} if state is None else state
+        models = {key: value for key, value in state.items() if isinstance(value, nn.Module)}
+        names = parameter_names(models)
+        tree, _ = read_tree(source, state_template(models, names), rank=self.global_rank)
+        kinds = {key: kind for kind, entries in tree.items() for key in entries}
+        problems = [f"{key}: not in the checkpoint" for key in state if key not in kinds]
+        found = [key for key in state if key in kinds]
+        content = {key: tree[kinds[key]].pop(key) for key in found}
+        for key in found:
+            value = state[key]
+            if isinstance(value, nn.Module):
+                problems += [f"{key}.{p}" for p in module_problems(value, content[key])]
+            elif isinstance(value, Optimizer):
+                problems += [f"{key}.{p}" for p in optimizer_problems(value, content[key], names)]
+        if problems and strict:
+            raise StateError(str(source), problems, "Pass strict=False to load what fits.")
+        for key in found:
+            value = state[key]
+            if isinstance(value, nn.Module):
+                load_module_state(value, content[key])
+            elif isinstance(value, Optimizer):
+                load_optimizer_state(value, content[key], names)
+            elif hasattr(value, "load_state_dict"):
+                value.load_state_dict(content[key])
+            else:
+                state[key] = content[key]
+        return {key: value for entries in tree.values() for key, value in entries.items()}
+
+    @property
+    def _dimensions(self) -> dict[str, int]:
+        sizes = {
+            DP_REPLICATE: self.sizes.dp_replicate,
+            DP_SHARD: self.sizes.dp_shard,
+            TP: self.sizes.tensor_parallel,
+        }
+        above = {name: size for name, size in sizes.items() if size != "auto" and size > 1}
+        return above or {DP_SHARD: 1}

@@ -1,0 +1,67 @@
+"""DeviceParameters to Fabric arguments: one table."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.fabric.strategies import DDPStrategy
+
+from dream_trainer.configs import DeviceParameters
+from dream_trainer.world.mesh_strategy import MeshStrategy
+
+
+def fabric_arguments(parameters: DeviceParameters) -> dict[str, Any]:
+    """Keyword arguments of ``Fabric`` for a device configuration.
+
+    Under torchrun and its like the launcher has decided how many processes there are, so
+    ``devices="auto"`` takes that instead of looking at the hardware.
+    """
+    local = local_processes(parameters)
+    nodes = _launched_nodes() or parameters.num_nodes
+    common = {
+        "accelerator": parameters.accelerator,
+        "devices": local if parameters.devices == "auto" else parameters.devices,
+        "num_nodes": nodes,
+        "precision": parameters.precision,
+    }
+    timeout = timedelta(seconds=parameters.timeout_seconds)
+    layout = parameters.layout
+    if layout == "custom":
+        return common | {"devices": parameters.devices, "strategy": parameters.strategy}
+    if layout == "mesh":
+        strategy = MeshStrategy(
+            dp_replicate=parameters.dp_replicate,
+            dp_shard=parameters.dp_shard,
+            tensor_parallel=parameters.tensor_parallel,
+            cpu_offload=parameters.cpu_offload,
+            timeout=timeout,
+        )
+        return common | {"strategy": strategy}
+    parameters.resolve(local * nodes)  # sizes that cannot work are refused before anything starts
+    if local * nodes == 1:
+        return common | {"strategy": "auto"}
+    return common | {"strategy": DDPStrategy(timeout=timeout)}
+
+
+def local_processes(parameters: DeviceParameters) -> int:
+    """Processes on this machine that a configuration asks for."""
+    if (launched := os.environ.get("LOCAL_WORLD_SIZE")) and parameters.devices == "auto":
+        return int(launched)
+    devices = parameters.devices
+    if isinstance(devices, str) and devices not in ("auto", "-1"):
+        return int(devices) if devices.strip().isdigit() else len(devices.strip(", ").split(","))
+    if isinstance(devices, list):
+        return len(devices)
+    if isinstance(devices, int) and devices > 0:
+        return devices
+    if parameters.accelerator in ("auto", "cuda", "gpu"):
+        return max(torch.cuda.device_count(), 1)
+    return 1
+
+
+def _launched_nodes() -> int | None:
+    world, local = os.environ.get("WORLD_SIZE"), os.environ.get("LOCAL_WORLD_SIZE")
+    return int(world) // int(local) if world and local else None
