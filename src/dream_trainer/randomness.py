@@ -111,5 +111,5 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
         torch.mps.set_rng_state(state["mps"])
 
 
-def _plain(number: Any) -> int | float:
+def _plain(number: Any) -> Any:
     return number.item() if isinstance(number, np.generic) else number

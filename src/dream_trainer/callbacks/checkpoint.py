@@ -57,17 +57,15 @@ class CheckpointCallback(Callback):
         if not parameters.enable or self._saved_at == self._place(trainer):
             return False
         every_steps, every_epochs = parameters.every_n_steps, parameters.every_n_epochs
-        is_due = (
-            progress.epoch % every_epochs == 0
-            if not progress.in_epoch and every_epochs
-            else bool(every_steps) and progress.num_steps % every_steps == 0
-        )
+        is_due = every_steps is not None and progress.num_steps % every_steps == 0
+        if not progress.in_epoch and every_epochs is not None:
+            is_due |= progress.epoch % every_epochs == 0
         if parameters.every_n_minutes is not None:
             # Ranks' clocks differ; acting on their own they would wait for each other for ever.
             # Costs a broadcast per step, with this trigger only.
             passed = self._clock() - self._last_time
             is_due |= trainer.world.broadcast(passed >= 60 * parameters.every_n_minutes)
-        return bool(is_due)
+        return is_due
 
     def _save(self, trainer: BaseTrainer) -> None:
         step, results = self._results

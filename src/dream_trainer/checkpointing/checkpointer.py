@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dream_trainer.checkpointing.store import CheckpointStore, StoredCheckpoint
 from dream_trainer.configs import CheckpointParameters
 from dream_trainer.errors import CheckpointError, ConfigError
-from dream_trainer.storage import Like, Manifest, read_tree, save_directory
+from dream_trainer.storage import Like, Manifest, on_rank_zero, read_tree, save_directory
 from dream_trainer.world import DreamWorld
+
+T = TypeVar("T")
 
 #: Parts of a state that differ from rank to rank; the rest is the same on every rank, or
 #: sharded over them.
@@ -73,11 +75,7 @@ class Checkpointer:
         Raises:
             CheckpointError: writing failed; older checkpoints are untouched.
         """
-        path = (
-            self.world.broadcast(self.store.path_for(step))
-            if self._many
-            else (self.store.path_for(step))
-        )
+        path = self._on_rank_zero(lambda: self.store.path_for(step))
         self.write(path, state, step=step, epoch=epoch, monitored=monitored)
         if self.world.is_global_zero:
             self.store.prune(self.parameters)
@@ -191,24 +189,8 @@ class Checkpointer:
         shared, local = read_tree(stored.path, like, rank=self.world.rank)
         return LoadedCheckpoint(join_local(shared, local), stored.manifest, stored.path)
 
-    def _on_rank_zero(self, function: Any) -> Any:
-        """Rank 0 looks at the disk and decides; the others are told, its errors too."""
-        if not self._many:
-            return function()
-        outcome: Any = None
-        if self.world.is_global_zero:
-            try:
-                outcome = function()
-            except Exception as error:
-                outcome = error
-        outcome = self.world.broadcast(outcome)
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
-
-    @property
-    def _many(self) -> bool:
-        return self.world.size > 1
+    def _on_rank_zero(self, function: Callable[[], T]) -> T:
+        return on_rank_zero(function, self.world.rank, self.world.size)
 
 
 def split_local(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,7 +70,7 @@ class CheckpointStore:
             path = self.directory / f"step-{step:08d}-{revision}"
         return path
 
-    def prune(self, parameters: CheckpointParameters) -> list[Path]:
+    def prune(self, parameters: CheckpointParameters) -> Sequence[Path]:
         """Delete what the retention rules do not keep.
 
         Returns:

@@ -143,7 +143,8 @@ class DeviceParameters:
                 f"Set devices and num_nodes so that there are {fixed} ranks"
                 f"{' or a multiple of that' if auto else ''}, or change the sizes.",
             )
-        return self if auto is None else replace(self, **{auto: world_size // fixed})
+        left: dict[str, Any] = {} if auto is None else {auto: world_size // fixed}
+        return replace(self, **left)
 
     def _sizes(self) -> dict[str, Size]:
         return {name: getattr(self, name) for name in _SIZES}

@@ -27,15 +27,15 @@ from dream_trainer.randomness import (
 
 
 class ResumableLoader:
-    """Wrap what a user has, so that iteration can be stopped and continued exactly.
+    r"""Wrap what a user has, so that iteration can be stopped and continued exactly.
 
-    *Map-style* ``DataLoader``\\ s (any sampler, batch sampler, workers, collation) are read in
+    *Map-style* ``DataLoader``\ s (any sampler, batch sampler, workers, collation) are read in
     an order that is a pure function of (seed, epoch); the position is the number of samples
     handed out over all ranks, so a change of ranks or batch size keeps it. Every sample is used
     once: the last batch is divided as evenly as possible. Draws of ``random``, ``numpy`` and
     ``torch`` inside ``__getitem__`` depend on (seed, epoch, sample index) only.
 
-    *Loaders with* ``state_dict`` are asked for it. *Other iterables*, ``IterableDataset``\\ s
+    *Loaders with* ``state_dict`` are asked for it. *Other iterables*, ``IterableDataset``\ s
     among them, are this rank's own data; they continue by skipping what was used, and draw from
     a random stream of their own so that skipping repeats the same draws.
 
@@ -297,7 +297,7 @@ class ResumableLoader:
                 seed_cpu(derive(self._seed or 0, self.epoch, self._rank, "stream"))
                 self._stream = raw_state()
         with self._own_stream():
-            iterator = iter(self.loader)
+            iterator: Iterator[Any] = iter(self.loader)
             if self._position and not self._is_stateful:
                 warnings.warn(
                     f"{type(self.loader).__name__} has no state_dict: continuing reads and drops "

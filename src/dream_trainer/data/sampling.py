@@ -102,15 +102,16 @@ class SamplingPlan:
                 return range(length)
             generator = torch.Generator().manual_seed(seed)
             return _Indices(torch.randperm(length, generator=generator))
-        source = self._loader.batch_sampler if self.deals_batches else sampler
+        source: Any = self._loader.batch_sampler if self.deals_batches else sampler
         with preserved():
             seed_cpu(seed)
             for part in (source, sampler, getattr(source, "sampler", None)):
-                if isinstance(generator := getattr(part, "generator", None), torch.Generator):
-                    generator.manual_seed(seed)
-                if hasattr(part, "set_epoch"):
+                own = getattr(part, "generator", None)
+                if isinstance(own, torch.Generator):
+                    own.manual_seed(seed)
+                if part is not None and hasattr(part, "set_epoch"):
                     part.set_epoch(epoch)
-            return list(source)  # type: ignore[arg-type]
+            return list(source)
 
     def _share(self, units: Sequence[Any]) -> Share:
         # As even as possible: only the last batch of an epoch can be uneven.

@@ -1,6 +1,7 @@
 """How state becomes files: plain trees, torch distributed checkpoints, manifests, atomic writes."""
 
 from dream_trainer.storage.atomic import atomic_file, write_text
+from dream_trainer.storage.collective import all_gather, on_rank_zero
 from dream_trainer.storage.dcp import Like, read_tree
 from dream_trainer.storage.directory import move_aside, save_directory
 from dream_trainer.storage.manifest import FORMAT_VERSION, Manifest
@@ -12,9 +13,11 @@ __all__ = [
     "Manifest",
     "Tree",
     "TreePath",
+    "all_gather",
     "atomic_file",
     "join",
     "move_aside",
+    "on_rank_zero",
     "read_tree",
     "save_directory",
     "split",

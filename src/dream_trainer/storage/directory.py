@@ -5,20 +5,17 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 import uuid
-from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch.distributed as dist
+from typing import Any
 
 from dream_trainer.errors import CheckpointError
 from dream_trainer.storage.atomic import fsync_directory
+from dream_trainer.storage.collective import all_gather, on_rank_zero
 from dream_trainer.storage.dcp import write_tree
 from dream_trainer.storage.manifest import Manifest, checksums
 from dream_trainer.storage.tree import Tree
 
-T = TypeVar("T")
 _PACKAGES = ("torch", "lightning", "dream-trainer")
 
 
@@ -45,21 +42,6 @@ def save_directory(
         final.parent.mkdir(parents=True, exist_ok=True)
         return final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.tmp")
 
-    beside = _on_rank_zero(begin, rank, world_size, final)
-    files: dict[str, dict[str, int]] = {}
-    failure: BaseException | None = None
-    try:
-        files = checksums(write_tree(beside, shared, local, rank=rank, world_size=world_size))
-    except Exception as error:
-        failure = error
-    # Every rank's part is complete before any rank calls the directory a checkpoint.
-    reports = _all_gather((files, failure and f"{type(failure).__name__}: {failure}"), world_size)
-    problems = [f"rank {r}: {error}" for r, (_, error) in enumerate(reports) if error]
-    if problems:
-        if rank == 0:
-            shutil.rmtree(beside, ignore_errors=True)
-        raise CheckpointError(str(final), problems) from failure
-
     def commit() -> Manifest:
         manifest = Manifest(
             files={name: record for part, _ in reports for name, record in part.items()},
@@ -75,7 +57,32 @@ def save_directory(
         fsync_directory(final.parent)
         return manifest
 
-    return _on_rank_zero(commit, rank, world_size, final)
+    try:
+        beside = on_rank_zero(begin, rank, world_size)
+        files, failure = _write(beside, shared, local, rank, world_size)
+        # Every rank's part is complete before any rank calls the directory a checkpoint.
+        reports = all_gather((files, failure), world_size)
+        problems = [f"rank {r}: {problem}" for r, (_, problem) in enumerate(reports) if problem]
+        if problems:
+            if rank == 0:
+                shutil.rmtree(beside, ignore_errors=True)
+            raise CheckpointError(str(final), problems, "Older checkpoints are untouched.")
+        return on_rank_zero(commit, rank, world_size)
+    except OSError as error:
+        raise CheckpointError(
+            str(final), [f"{type(error).__name__}: {error}"], "Older checkpoints are untouched."
+        ) from error
+
+
+def _write(
+    beside: Path, shared: Tree, local: Tree, rank: int, world_size: int
+) -> tuple[dict[str, dict[str, int]], str | None]:
+    """This rank's files, or why there are none."""
+    try:
+        written = write_tree(beside, shared, local, rank=rank, world_size=world_size)
+        return checksums(written), None
+    except Exception as error:  # noqa: BLE001 - the other ranks wait for a report
+        return {}, f"{type(error).__name__}: {error}"
 
 
 def move_aside(path: Path, reason: str) -> Path:
@@ -84,34 +91,6 @@ def move_aside(path: Path, reason: str) -> Path:
     while (target := path.with_name(f"{path.name}.{reason}-{n}")).exists():
         n += 1
     return path.rename(target)
-
-
-def _on_rank_zero(function: Callable[[], T], rank: int, world_size: int, place: Path) -> T:
-    """Run on rank 0 and hand its result, or its failure, to every rank."""
-    outcome: tuple[Any, str | None] = (None, None)
-    cause: Exception | None = None
-    if rank == 0:
-        try:
-            outcome = (function(), None)
-        except Exception as error:
-            cause, outcome = error, (None, f"{type(error).__name__}: {error}")
-    if world_size > 1:
-        # Costs one round trip: the others must neither run ahead of rank 0 nor wait for ever.
-        box = [outcome]
-        dist.broadcast_object_list(box, src=0)
-        outcome = box[0]
-    result, problem = outcome
-    if problem is not None:
-        raise CheckpointError(str(place), [problem]) from cause
-    return result  # type: ignore[no-any-return]
-
-
-def _all_gather(value: T, world_size: int) -> list[T]:
-    if world_size == 1:
-        return [value]
-    values: list[Any] = [None] * world_size
-    dist.all_gather_object(values, value)
-    return values
 
 
 def _version(package: str) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 Tree = Any
 TreePath = tuple[str | int, ...]
 
-_PLAIN = (type(None), bool, int, float, complex, str, bytes)
+_PLAIN: tuple[Any, ...] = (bool, int, float, complex, str, bytes)
 
 
 def join(path: TreePath) -> str:
@@ -50,9 +50,9 @@ def split(tree: Tree) -> tuple[Tree, dict[TreePath, Tensor]]:
         if isinstance(node, (list, tuple)):
             items = [visit(value, (*path, index)) for index, value in enumerate(node)]
             return items if isinstance(node, list) else tuple(items)
-        if type(node) in _PLAIN or isinstance(node, (set, frozenset)):
+        if node is None or type(node) in _PLAIN or isinstance(node, (set, frozenset)):
             return node
-        for plain in _PLAIN[1:]:
+        for plain in _PLAIN:
             if isinstance(node, plain):
                 return plain(node)
         problems.append(f"{join(path)} is a {type(node).__module__}.{type(node).__qualname__}")

@@ -5,9 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from lightning.fabric import Fabric
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -17,6 +16,9 @@ from dream_trainer.errors import ConfigError, UnknownComponentError
 from dream_trainer.progress import Progress
 from dream_trainer.world import DreamWorld
 from dream_trainer.world.dream_world import unwrap
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 T = TypeVar("T")
 

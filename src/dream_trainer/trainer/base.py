@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import copy
-import math
 import secrets
-import warnings
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -32,24 +28,24 @@ from dream_trainer.configs import CheckpointParameters, TrainingParameters
 from dream_trainer.data import ResumableLoader
 from dream_trainer.errors import (
     ConfigError,
-    NonFiniteError,
-    StateError,
     UnknownComponentError,
 )
 from dream_trainer.loggers import Logger
 from dream_trainer.loop import FitLoop
 from dream_trainer.metrics import LoggedValues, Value
-from dream_trainer.randomness import derive, rng_state, seed_everything, set_rng_state
+from dream_trainer.randomness import derive, seed_everything, set_rng_state
 from dream_trainer.trainer.abstract import AbstractTrainer, AbstractTrainerConfig
 from dream_trainer.trainer.components import Components
-from dream_trainer.trainer.finiteness import first_nonfinite
+from dream_trainer.trainer.loaders import adopt_loader, count_training_steps
 from dream_trainer.trainer.metric_phases import MetricPhases
-from dream_trainer.trainer.run_directory import (
-    config_yaml,
-    fresh_experiment_name,
-    record_config,
-)
+from dream_trainer.trainer.restore import restore
+from dream_trainer.trainer.run_directory import fresh_experiment_name
+from dream_trainer.trainer.running import running
+from dream_trainer.trainer.state import apply_state, check_finite, gather_state
 from dream_trainer.world.component_state import gradients
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 
 @dataclass(kw_only=True)
@@ -160,14 +156,14 @@ class BaseTrainer(AbstractTrainer):
                 ["n_epochs, max_steps and max_time are all None, so nothing ends the run"],
                 "Set one of them.",
             )
-        with self._running():
+        with running(self):
             self.prepare()
             self._restore()
             self.is_fitting = True
-            self._loop.sanity_check()
+            self.loop.sanity_check()
             self.callbacks.pre_fit(self)
             self._set_run_rng()
-            self._loop.run()
+            self.loop.run()
             self.callbacks.post_fit(self)
         self._say_end()
 
@@ -177,12 +173,12 @@ class BaseTrainer(AbstractTrainer):
         Returns:
             The results, the same on every rank.
         """
-        with self._running():
+        with running(self):
             self.prepare()
             self._restore()
-            if self._loop.val_loader is None:
+            if self.loop.val_loader is None:
                 raise ConfigError("validate", ["val_dataloader is None"], "Return one.")
-            return self._loop.validate()
+            return self.loop.validate()
 
     def test(self, dataloader: Iterable[Any]) -> dict[str, float]:
         """Run ``test_step`` over a loader.
@@ -190,10 +186,10 @@ class BaseTrainer(AbstractTrainer):
         Returns:
             The results, the same on every rank.
         """
-        with self._running():
+        with running(self):
             self.prepare()
             self._restore()
-            return self._loop.evaluate(self._adopt(dataloader, "test"), self.test_step, "test")
+            return self.loop.evaluate(self._adopt(dataloader, "test"), self.test_step, "test")
 
     def predict(self, dataloader: Iterable[Any]) -> list[Any]:
         """Run ``predict_step`` over a loader.
@@ -201,10 +197,10 @@ class BaseTrainer(AbstractTrainer):
         Returns:
             What it returned for each batch of this rank, in order.
         """
-        with self._running():
+        with running(self):
             self.prepare()
             self._restore()
-            return self._loop.predict(self._adopt(dataloader, "predict"))
+            return self.loop.predict(self._adopt(dataloader, "predict"))
 
     def backward(self, loss: Tensor, weight: Weight | None = None) -> None:
         """Backward pass, scaled so that the step's gradient is a mean over its window.
@@ -274,7 +270,7 @@ class BaseTrainer(AbstractTrainer):
             StateError: it does not fit.
         """
         self.prepare()
-        loaded = self.checkpointer.load(path, self._components.template())
+        loaded = self.checkpointer.load(path, self.components.template())
         self.load_state_dict(loaded.state, strict)
 
     # ------------------------------------------------------------------ what callbacks read
@@ -297,7 +293,7 @@ class BaseTrainer(AbstractTrainer):
     @property
     def num_train_batches(self) -> int | None:
         """Batches of a training epoch on this rank; None if the loader cannot tell."""
-        return self._loop.train_loader.num_batches
+        return self.loop.train_loader.num_batches
 
     @property
     def num_training_steps(self) -> int:
@@ -306,21 +302,8 @@ class BaseTrainer(AbstractTrainer):
         Raises:
             ConfigError: neither ``max_steps`` nor ``n_epochs`` and a loader of known length say.
         """
-        limits, loader = self.training_parameters, self._adopt(self.train_dataloader, "train")
-        per_epoch = limits.train_steps_per_epoch
-        if (batches := loader.num_batches) is not None:
-            size = limits.accumulation(loader.batch_size, self.world.dp_size)
-            in_loader = math.ceil(batches / size)
-            per_epoch = min(per_epoch or in_loader, in_loader)
-        by_epochs = per_epoch * limits.n_epochs if per_epoch and limits.n_epochs else None
-        known = [steps for steps in (by_epochs, limits.max_steps) if steps is not None]
-        if not known:
-            raise ConfigError(
-                "training_parameters",
-                ["the number of steps is not known"],
-                "Set max_steps, or n_epochs with a train loader that knows its length.",
-            )
-        return min(known)
+        loader = self._adopt(self.train_dataloader, "train_dataloader")
+        return count_training_steps(loader, self.training_parameters, self.world.dp_size)
 
     @property
     def run_directory(self) -> Path:
@@ -373,27 +356,7 @@ class BaseTrainer(AbstractTrainer):
             RuntimeError: in the middle of an accumulation window.
         """
         self.prepare()
-        if self.progress.num_batches_in_window:
-            raise RuntimeError(
-                "the state cannot be taken inside an accumulation window: its gradients would be "
-                "lost. Take it when is_accumulating_gradients is False."
-            )
-        if "metrics" in self.callbacks and isinstance(
-            logger := self.callbacks["metrics"], MetricLogger
-        ):
-            logger.flush(self)
-        return {
-            "trainer": {
-                "progress": self.progress.state_dict(),
-                "seed": self.seed,
-                "metrics": self.metrics.state_dict(),
-            },
-            **self._components.state_dict(),
-            "dataloaders": {"train": self._loop.train_loader.state_dict()},
-            "callbacks": self.callbacks.state_dict(),
-            "precision": self.world.precision_state(),
-            "rng": rng_state(),
-        }
+        return gather_state(self)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
         """Continue from what :meth:`state_dict` gave, under any strategy. It is not changed.
@@ -407,27 +370,9 @@ class BaseTrainer(AbstractTrainer):
             StateError: listing everything that does not fit, with its path.
         """
         self.prepare()
-        problems = self._components.problems(state_dict)
-        parts = ("trainer", "dataloaders", "callbacks", "precision", "rng")
-        problems += [f"{part}: missing in the state" for part in parts if part not in state_dict]
-        if problems and strict:
-            raise StateError(
-                "state_dict", problems, "Pass strict=False to load what fits; nothing was loaded."
-            )
-        if problems:
-            warnings.warn("not loaded:\n  - " + "\n  - ".join(problems), stacklevel=2)
-        if "train" in state_dict.get("dataloaders", {}):
-            self._loop.train_loader.load_state_dict(state_dict["dataloaders"]["train"])
-        self._components.load_state_dict(state_dict)
-        trainer = state_dict.get("trainer", {})
-        self.progress.load_state_dict(trainer.get("progress", {}))
-        self.metrics.load_state_dict(trainer.get("metrics", {}))
-        self.callbacks.load_state_dict(state_dict.get("callbacks", {}))
-        self.world.load_precision_state(state_dict.get("precision", {}))
-        if "rng" in state_dict:
-            self._rng_state = state_dict["rng"]
-            set_rng_state(self._rng_state)
+        apply_state(self, state_dict, strict)
         self._is_restored = self.is_resumed = True
+        self._rng_state = state_dict.get("rng")
 
     def checked_state_dict(self) -> dict[str, Any]:
         """:meth:`state_dict`, if it may be saved as good.
@@ -436,13 +381,7 @@ class BaseTrainer(AbstractTrainer):
             NonFiniteError: on every rank, if something on any rank is not finite.
         """
         state = self.state_dict()
-        bad = first_nonfinite(self._components)
-        found = [name for name in self.world.all_gather_object(bad) if name is not None]
-        if found:
-            raise NonFiniteError(
-                f"{found[0]} is not finite at step {self.global_step} (epoch "
-                f"{self.current_epoch}); no checkpoint was written. The newest one is from before."
-            )
+        check_finite(self)
         return state
 
     # ------------------------------------------------------------------ lifecycle
@@ -478,7 +417,7 @@ class BaseTrainer(AbstractTrainer):
 
     def _bind(self) -> None:
         """Look up once what every step needs."""
-        self._components = Components.of(
+        self.components = Components.of(
             self.named_models(), self.named_optimizers(), self.named_schedulers()
         )
         self._optimizers = dict(self.named_optimizers())
@@ -507,72 +446,21 @@ class BaseTrainer(AbstractTrainer):
         size = self.training_parameters.accumulation(train.batch_size, self.world.dp_size)
         train = self._adopt(train, "train_dataloader", looks_ahead=size > 1)
         self._window = AccumulationWindow(size, self.world.dp_size, self._sum_over_data_parallel)
-        self._loop = FitLoop(
+        self.loop = FitLoop(
             self,
             train,
             None if val is None else self._adopt(val, "val_dataloader"),
             self._window,
         )
 
-    def _adopt(self, loader: Any, name: str, looks_ahead: bool = False) -> ResumableLoader:
-        world = self.world
-        if not isinstance(loader, ResumableLoader):
-            loader = ResumableLoader(loader)
-        loader.attach(
-            seed=self.seed,
-            rank=world.dp_rank,
-            size=world.dp_size,
-            looks_ahead=looks_ahead,
-            any_rank=world.any if world.size > 1 else bool,
-        )
-        lengths = world.all_gather_object(loader.num_batches)
-        if len(set(lengths)) > 1:
-            numbers = ", ".join(f"rank {r}: {n}" for r, n in enumerate(lengths))
-            raise ConfigError(
-                name,
-                [f"the ranks have different numbers of batches ({numbers})"],
-                "Give every rank the same number, or a map-style data set, which is divided evenly.",
-            )
-        if lengths[0] == 0 and name == "train_dataloader":
-            raise ConfigError(
-                name,
-                [f"it has no batches (batch_size {loader.batch_size}, {world.dp_size} ranks)"],
-                "Use more samples, a smaller batch, or drop_last=False.",
-            )
-        return loader
-
     def _restore(self) -> None:
-        if self._is_restored:
-            return
-        parameters, directory = self.checkpoint_parameters, self.run_directory
-        loaded = None
-        if parameters.enable or parameters.resume not in ("auto", "never", "must"):
-            loaded = self.checkpointer.resume(parameters.resume, self._components.template())
-        if loaded is not None:
-            self.load_state_dict(loaded.state)
-            manifest = loaded.manifest
-            self.world.print(
-                f"resuming {directory} at step {manifest.step}, epoch {manifest.epoch} "
-                f"({loaded.path.name}, saved {manifest.saved_at})"
-            )
-        elif parameters.init_from is not None:
-            self._load_weights(parameters.init_from)
-        elif parameters.enable:
-            self.world.print(f"new run in {directory}")
-        self._is_restored = True
-        if parameters.enable and self.world.is_global_zero:
-            text = self._config_yaml or config_yaml(self.config)
-            if record_config(directory, text):
-                print("the configuration differs from the one this run had; see config.yaml*")
+        """Once: continue from a checkpoint, if there is one, and open the run directory."""
+        if not self._is_restored:
+            restore(self, self._config_yaml)
+            self._is_restored = True
 
-    def _load_weights(self, path: str) -> None:
-        loaded = self.checkpointer.load(path, self._components.template())
-        weights = {"models": loaded.state.get("models", {})}
-        problems = [p for p in self._components.problems(weights) if p.startswith("models")]
-        if problems:
-            raise StateError(path, problems, "Fix the model, or leave out init_from.")
-        self._components.load_state_dict(weights)
-        self.world.print(f"weights from {path}")
+    def _adopt(self, loader: Any, name: str, looks_ahead: bool = False) -> ResumableLoader:
+        return adopt_loader(loader, name, self.world, self.seed, looks_ahead)
 
     def _set_run_rng(self) -> None:
         """The streams of the first step depend on the seed, or on the checkpoint, alone.
@@ -585,45 +473,10 @@ class BaseTrainer(AbstractTrainer):
         elif not self.progress.num_batches:
             seed_everything(derive(self.seed, "train", self.world.dp_rank))
 
-    @contextmanager
-    def _running(self) -> Iterator[None]:
-        parameters = self.training_parameters
-        was_deterministic = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(parameters.deterministic or was_deterministic)
-        status = "failed"
-        try:
-            with torch.autograd.set_detect_anomaly(parameters.detect_anomaly):
-                yield
-            status = "success"
-        except KeyboardInterrupt:
-            self._guarded(lambda: self.callbacks.on_interrupt(self))
-            raise
-        except BaseException as error:
-            exception = error
-            self._guarded(lambda: self.callbacks.on_exception(self, exception))
-            raise
-        finally:
-            torch.use_deterministic_algorithms(was_deterministic)
-            self._guarded(lambda: self.callbacks.close(self))
-            if self.is_fitting and self.world.is_launched and self.world.is_global_zero:
-                for logger in self.loggers.values():
-                    self._guarded(lambda logger=logger: logger.finalize(status))
-            self.is_fitting = False
-            if status == "failed":
-                self.world.close()
-
     def _say_end(self) -> None:
         reason = self.stop_reason or "done"
         place = f": {self.run_directory}" if self.writes_run_directory else ""
         self.world.print(f"{reason} at step {self.global_step}, epoch {self.current_epoch}{place}")
-
-    @staticmethod
-    def _guarded(call: Any) -> None:
-        """A second failure on the way out must not hide the first."""
-        try:
-            call()
-        except Exception as error:
-            warnings.warn(f"while closing: {type(error).__name__}: {error}", stacklevel=2)
 
     def _optimizer(self, optimizer: Optimizer | None) -> tuple[str, Optimizer]:
         if optimizer is None:

@@ -6,9 +6,8 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
@@ -24,6 +23,9 @@ from dream_trainer.trainer.base import BaseTrainer, BaseTrainerConfig
 from dream_trainer.world import MeshStrategy
 from dream_trainer.world.component_state import parameter_names
 from dream_trainer.world.mesh_strategy import blocks_of, shard_blocks
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 
 @dataclass(kw_only=True)

@@ -34,12 +34,12 @@ def _tensors(components: Components) -> Iterator[tuple[str, Tensor]]:
             if parameter.is_floating_point():
                 yield f"models.{model_name}.{name}", _local(parameter)
     for optimizer_name, optimizer in components.optimizers.items():
-        for parameter, state in optimizer.state.items():
+        for owner, state in optimizer.state.items():
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.is_floating_point():
-                    place = names.get(id(parameter), "parameter")
+                    place = names.get(id(owner), "parameter")
                     yield f"optimizers.{optimizer_name}.{place}.{key}", _local(value)
 
 
 def _local(tensor: Tensor) -> Tensor:
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()

@@ -58,7 +58,7 @@ class DreamFabric(Fabric):
         """Load like Fabric; stateful objects are restored in place under every strategy."""
         if state is None:
             return super().load(path, state, strict, weights_only=weights_only)
-        objects = dict(state)
+        objects: dict[str, Any] = dict(state)
         remainder = super().load(path, state, strict, weights_only=weights_only)
         for key, value in objects.items():
             # Fabric's sharded strategies put the raw state in place of the object.

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from dream_trainer.configs import DeviceParameters
-from dream_trainer.storage import Tree, read_tree, save_directory, tensor_leaves
+from dream_trainer.storage import Tree, all_gather, read_tree, save_directory, tensor_leaves
 from dream_trainer.world.component_state import gradients, unsharded_norm
 from dream_trainer.world.dream_fabric import DreamFabric
 from dream_trainer.world.gradient_sync import no_gradient_sync
@@ -315,11 +315,7 @@ class DreamWorld:
 
     def all_gather_object(self, value: T) -> list[T]:
         """The value of every rank, in rank order. Any object that pickles."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
+        return all_gather(value, self.size)
 
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` holds on any rank. One small collective."""
@@ -366,7 +362,8 @@ class DreamWorld:
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print on rank 0 only."""
         if self.is_global_zero:
-            print(*args, **kwargs)
+            # A killed run must not take its last words with it in a buffer.
+            print(*args, **{"flush": True, **kwargs})
 
     # ------------------------------------------------------------------ inside
 

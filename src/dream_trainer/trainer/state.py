@@ -1,0 +1,79 @@
+"""A trainer's whole state: gathered, checked, applied."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from dream_trainer.callbacks import MetricLogger
+from dream_trainer.errors import NonFiniteError, StateError
+from dream_trainer.randomness import rng_state, set_rng_state
+from dream_trainer.trainer.finiteness import first_nonfinite
+
+if TYPE_CHECKING:
+    from dream_trainer.trainer.base import BaseTrainer
+
+_PARTS = ("trainer", "dataloaders", "callbacks", "precision", "rng")
+
+
+def gather_state(trainer: BaseTrainer) -> dict[str, Any]:
+    """See :meth:`BaseTrainer.state_dict`."""
+    if trainer.progress.num_batches_in_window:
+        raise RuntimeError(
+            "the state cannot be taken inside an accumulation window: its gradients would be "
+            "lost. Take it when is_accumulating_gradients is False."
+        )
+    for name in trainer.callbacks:
+        if isinstance(callback := trainer.callbacks[name], MetricLogger):
+            callback.flush(trainer)  # rows of earlier steps must not depend on a later one
+    return {
+        "trainer": {
+            "progress": trainer.progress.state_dict(),
+            "seed": trainer.seed,
+            "metrics": trainer.metrics.state_dict(),
+        },
+        **trainer.components.state_dict(),
+        "dataloaders": {"train": trainer.loop.train_loader.state_dict()},
+        "callbacks": trainer.callbacks.state_dict(),
+        "precision": trainer.world.precision_state(),
+        "rng": rng_state(),
+    }
+
+
+def apply_state(trainer: BaseTrainer, state: Mapping[str, Any], strict: bool) -> None:
+    """See :meth:`BaseTrainer.load_state_dict`."""
+    problems = trainer.components.problems(state)
+    problems += [f"{part}: missing in the state" for part in _PARTS if part not in state]
+    if problems and strict:
+        raise StateError(
+            "state_dict", problems, "Pass strict=False to load what fits; nothing was loaded."
+        )
+    if problems:
+        warnings.warn("not loaded:\n  - " + "\n  - ".join(problems), stacklevel=3)
+    if "train" in state.get("dataloaders", {}):
+        # First, because it refuses other data; then nothing is loaded yet.
+        trainer.loop.train_loader.load_state_dict(state["dataloaders"]["train"])
+    trainer.components.load_state_dict(state)
+    own = state.get("trainer", {})
+    trainer.progress.load_state_dict(own.get("progress", {}))
+    trainer.metrics.load_state_dict(own.get("metrics", {}))
+    trainer.callbacks.load_state_dict(state.get("callbacks", {}))
+    trainer.world.load_precision_state(state.get("precision", {}))
+    if "rng" in state:
+        set_rng_state(state["rng"])
+
+
+def check_finite(trainer: BaseTrainer) -> None:
+    """Refuse a state with NaN or infinity in parameters or optimizer state.
+
+    Raises:
+        NonFiniteError: on every rank, if something on any rank is not finite.
+    """
+    bad = first_nonfinite(trainer.components)
+    found = [name for name in trainer.world.all_gather_object(bad) if name is not None]
+    if found:
+        raise NonFiniteError(
+            f"{found[0]} is not finite at step {trainer.global_step} (epoch "
+            f"{trainer.current_epoch}); no checkpoint was written. The newest one is from before."
+        )
