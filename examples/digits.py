@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -92,10 +93,10 @@ class Curves(Callback):
     """Draws loss and accuracy from the metrics log, and prints a hash of the weights."""
 
     def post_fit(self, trainer: DreamTrainer) -> None:
-        state = trainer.state_dict()["models"]["model"]
         digest = hashlib.sha256()
-        for name in sorted(state):
-            digest.update(state[name].cpu().contiguous().numpy().tobytes())
+        for _, weight in sorted(trainer.state_dict()["models"]["model"].items()):
+            whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            digest.update(whole.cpu().numpy().tobytes())
         trainer.world.print(f"sha256 of the weights: {digest.hexdigest()}")
         if trainer.world.is_global_zero:
             draw(trainer)

@@ -45,6 +45,7 @@ class AccumulationWindow:
         self._is_filler = False
         self.is_accumulating = False
         self._weights: list[Weight] = []
+        self._stepping: list[Weight] = []
         self._num_backwards = self._num_backwards_stepped = 0
         self._is_weighted: bool | None = None
         self._steps: dict[str, int] = {}
@@ -55,6 +56,7 @@ class AccumulationWindow:
             self._plan(loader)
         self._num_batches += 1
         self._num_backwards = self._num_backwards_stepped = 0
+        self._stepping = self._weights
         self._steps.clear()
         self._is_filler = loader.num_samples == 0
         if self._num_samples is None or loader.num_samples is None:
@@ -96,22 +98,27 @@ class AccumulationWindow:
         if self._num_backwards == len(self._weights):
             self._weights.append(weight)
         else:
-            self._weights[self._num_backwards] += weight
+            # Not in place: the first summand is the user's own tensor.
+            self._weights[self._num_backwards] = self._weights[self._num_backwards] + weight
         self._num_backwards += 1
         return loss * weight
 
     def gradient_factor(self, device: torch.device) -> Tensor | float | None:
         """What a step multiplies its gradients by; None where they are right already.
 
-        The backward calls since the previous step of this batch belong to this step.
+        The backward calls since the previous step of this batch belong to this step; if there
+        are none, those of the previous one do, as when optimizers step after a joint loss.
         """
         if not self._is_weighted:
             # Planned longer than the data went on: the loader could not tell its length.
             is_short = self._num_samples is None and 0 < self._num_batches < self._planned
             return self._planned / self._num_batches if is_short else None
-        mine = self._weights[self._num_backwards_stepped : self._num_backwards]
+        since = self._weights[self._num_backwards_stepped : self._num_backwards]
         self._num_backwards_stepped = self._num_backwards
-        total = torch.stack([torch.as_tensor(w, device=device).float() for w in mine]).mean()
+        self._stepping = mine = since or self._stepping
+        # Counts of tokens soon need more digits than float32 has. MPS has no float64.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        total = torch.stack([torch.as_tensor(w, device=device).to(dtype) for w in mine]).mean()
         return self._dp_size / self._sum_over_ranks(total.detach())
 
     def count_step(self, optimizer: str) -> bool:

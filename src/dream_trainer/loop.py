@@ -118,13 +118,16 @@ class FitLoop:
         batch_idx = progress.num_batches_in_epoch
         self.window.start_batch(loader)
         trainer.callbacks.pre_train_step(trainer, batch, batch_idx)
-        is_filler = loader.num_samples == 0
+        is_filler, logged = loader.num_samples == 0, trainer.logged
         if is_filler:
+            # What it measures and logs would count a sample twice.
             trainer.metrics.enter("filler")
+            trainer.logged = LoggedValues()
         with trainer.world.accumulate(trainer.sync_modules, self.window.is_accumulating):
             result = trainer.training_step(batch, batch_idx)
         if is_filler:
             trainer.metrics.enter("train")
+            trainer.logged = logged
         weight = 1.0 if loader.num_samples is None else float(loader.num_samples)
         trainer.logged.add(scalars(result), weight, prefix="train/")
         is_window_end = self.window.finish_batch()
@@ -190,14 +193,15 @@ class FitLoop:
             limit: batches to read at most.
         """
         trainer = self.trainer
-        values = LoggedValues()
         with self._evaluating(phase):
+            values = trainer.logged
             loader.rewind()
             for batch_idx, batch in enumerate(itertools.islice(loader, limit)):
                 batch = trainer.world.to_device(batch)
                 weight = 1.0 if loader.num_samples is None else float(loader.num_samples)
-                # Its metrics would count a sample twice.
+                # What a filler measures and logs would count a sample twice.
                 trainer.metrics.enter(phase if weight else "filler")
+                trainer.logged = values if weight else LoggedValues()
                 if phase == "val":
                     trainer.callbacks.pre_validation_step(trainer, batch, batch_idx)
                 result = step(batch, batch_idx)
@@ -229,10 +233,13 @@ class FitLoop:
         for module in trainer.sync_modules:
             module.eval()
         trainer.metrics.reset(phase)
+        # Left among the step's, they would be written with the next one, and lost by a restart.
+        logged, trainer.logged = trainer.logged, LoggedValues()
         try:
             with torch.no_grad():
                 yield
         finally:
+            trainer.logged = logged
             for part, mode in zip(modules, modes, strict=True):
                 part.training = mode
             trainer.metrics.enter("train")

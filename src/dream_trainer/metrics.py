@@ -53,16 +53,13 @@ def totals(rows: Iterable[Observations]) -> list[dict[str, tuple[float, float]]]
     rows = list(rows)
     values = [value for row in rows for entries in row.values() for value, _ in entries]
     host = iter(to_host(values))
-    return [
-        {
-            name: (
-                sum(next(host) * weight for _, weight in entries),
-                sum(weight for _, weight in entries),
-            )
-            for name, entries in row.items()
-        }
-        for row in rows
-    ]
+
+    def total(entries: list[tuple[Value, float]]) -> tuple[float, float]:
+        pairs = [(next(host), weight) for _, weight in entries]
+        # What weighs nothing may be NaN, and 0 x NaN is NaN.
+        return sum(v * w for v, w in pairs if w), sum(w for _, w in pairs)
+
+    return [{name: total(entries) for name, entries in row.items()} for row in rows]
 
 
 def to_host(values: list[Value]) -> list[float]:

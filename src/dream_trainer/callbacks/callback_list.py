@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -70,7 +71,8 @@ class CallbackList(Callback):
         """Restore the callbacks that have a state in ``state_dict``."""
         for name, one in self._callbacks.items():
             if name in state_dict and hasattr(one, "load_state_dict"):
-                one.load_state_dict(state_dict[name])
+                # A copy: callbacks keep what they are given and change it later.
+                one.load_state_dict(copy.deepcopy(state_dict[name]))
 
 
 def _dispatcher(listeners: list[Callable[..., None]]) -> Callable[..., None]:

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 #: Parts of a state that differ from rank to rank; the rest is the same on every rank, or
 #: sharded over them.
-LOCAL = (("rng",), ("dataloaders",), ("trainer", "metrics"))
+LOCAL = (("rng",), ("dataloaders",), ("trainer", "metrics"), ("trainer", "buffers"))
 
 
 @dataclass(frozen=True)
@@ -156,20 +156,24 @@ class Checkpointer:
             stored = self._verified(Path(resume))
             store.set_aside_after(stored.path)
             return stored
-        problems = []
+        damaged: list[tuple[Path, CheckpointError]] = []
         for path in reversed(paths):
             try:
-                return self._verified(path)
+                stored = self._verified(path)
             except CheckpointError as error:
-                aside = store.set_aside(path, "damaged")
-                problems += [f"{path.name}: {problem}" for problem in error.problems]
+                damaged.append((path, error))
+                continue
+            # Renamed only now: with none left, another start must fail again, not start afresh.
+            for other, reason in damaged:
+                aside = store.set_aside(other, "damaged")
                 warnings.warn(
-                    f"{error}\nIt is now {aside.name}; trying the one before.", stacklevel=2
+                    f"{reason}\nIt is now {aside.name}; trying the one before.", stacklevel=2
                 )
-        if problems:
+            return stored
+        if damaged:
             raise CheckpointError(
                 str(store.directory),
-                problems,
+                [f"{path.name}: {one}" for path, why in damaged for one in why.problems],
                 "No whole checkpoint is left. Move the directory away to start afresh.",
             )
         if resume == "must":

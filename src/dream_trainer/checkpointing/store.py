@@ -62,13 +62,11 @@ class CheckpointStore:
         return next(iter(_ranked(self.list(), mode, monitor)), None)
 
     def path_for(self, step: int) -> Path:
-        """A free name for a checkpoint at a step."""
-        path = self.directory / f"step-{step:08d}"
-        revision = 0
-        while path.exists():
-            revision += 1
-            path = self.directory / f"step-{step:08d}-{revision}"
-        return path
+        """A name for a checkpoint at a step, after all that are there of the same step."""
+        name = f"step-{step:08d}"
+        # Not the first free one: a deleted name, used again, would count as older than it is.
+        revisions = [m[1] for path in self.paths() if (m := _match(path)) and m[0] == step]
+        return self.directory / (f"{name}-{max(revisions) + 1}" if revisions else name)
 
     def prune(self, parameters: CheckpointParameters) -> Sequence[Path]:
         """Delete what the retention rules do not keep.

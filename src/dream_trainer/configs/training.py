@@ -66,7 +66,7 @@ class TrainingParameters:
         problems = [
             f"{name}={value!r} is not a whole number above 0"
             for name in _COUNTS
-            if (value := getattr(self, name)) is not None
+            if ((value := getattr(self, name)) is not None or name == "gradient_accumulation_steps")
             and not (isinstance(value, int) and value >= 1)
         ]
         if self.num_sanity_val_steps < 0:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from dream_trainer.data.sample_seeding import Key, SeededCollate, SeededDataset
 from dream_trainer.data.sampling import SamplingPlan
@@ -110,6 +111,9 @@ class ResumableLoader:
     @property
     def batch_size(self) -> int | None:
         """Samples per batch on one rank; None if the loader cannot tell."""
+        sampler = getattr(self.loader, "batch_sampler", None)
+        if type(sampler) is BatchSampler:
+            return sampler.batch_size
         return getattr(self.loader, "batch_size", None)
 
     @property
@@ -181,7 +185,7 @@ class ResumableLoader:
             )
         if self._seed is not None and state_dict["seed"] not in (None, self._seed):
             problems.append(f"seed {state_dict['seed']} in the state, {self._seed} here")
-        if self._is_map_style and not problems:
+        if self._is_map_style and state_dict["unit"] == self._unit:
             length = self._sampling_plan.num_units(state_dict["epoch"])
             if state_dict["length"] != length:
                 problems.append(f"{state_dict['length']} samples in the state, {length} here")
@@ -189,7 +193,9 @@ class ResumableLoader:
             raise StateError("dataloader", problems, "Continue with the same data and seed.")
         self._start_epoch(state_dict["epoch"])
         self._position = state_dict["position"]
-        self._seed = state_dict["seed"] if self._seed is None else self._seed
+        if self._seed is None:
+            self._seed = state_dict["seed"]
+            self._plan = self._torch_loader = None  # made with the seed that was not known yet
         if self._is_stateful:
             stream = state_dict["stream"]
             self._before_peek = (
@@ -205,18 +211,25 @@ class ResumableLoader:
         if not batches_left:
             return
         shares = plan.shares(epoch, self._position)
-        for share, batch in zip(shares, self._map_loader, strict=False):
-            batches_left -= 1
-            self._position += share.num_samples_all_ranks
-            self.num_samples = share.num_samples
-            self.num_samples_all_ranks = share.num_samples_all_ranks
-            self.is_last = batches_left == 0
-            yield batch
-        if batches_left:
-            raise RuntimeError(
-                f"the loader ended {batches_left} batches early; "
-                "does __getitem__ or collate_fn raise StopIteration?"
-            )
+        iterator = iter(self._map_loader)
+        try:
+            for share, batch in zip(shares, iterator, strict=False):
+                batches_left -= 1
+                self._position += share.num_samples_all_ranks
+                self.num_samples = share.num_samples
+                self.num_samples_all_ranks = share.num_samples_all_ranks
+                self.is_last = batches_left == 0
+                yield batch
+            if batches_left:
+                raise RuntimeError(
+                    f"the loader ended {batches_left} batches early; "
+                    "does __getitem__ or collate_fn raise StopIteration?"
+                )
+        except Exception:
+            # As long as the traceback lives it would keep the worker processes alive.
+            self._torch_loader = None
+            getattr(iterator, "_shutdown_workers", bool)()
+            raise
 
     @property
     def _sampling_plan(self) -> SamplingPlan:
@@ -289,10 +302,12 @@ class ResumableLoader:
         if self._is_sequence:
             return iter(self.loader[self._position :])
         resumed, self._before_peek = self._before_peek, None
+        if resumed is None and self._is_stateful and self._position:
+            resumed = self.loader.state_dict(), self._stream  # left in mid-epoch, by a break
         if resumed is not None:
             inner, self._stream = resumed
             self.loader.load_state_dict(inner)
-        else:
+        if resumed is None or self._stream is None:
             with preserved():
                 seed_cpu(derive(self._seed or 0, self.epoch, self._rank, "stream"))
                 self._stream = raw_state()
@@ -336,7 +351,9 @@ class _Keys:
     """Batch sampler: this rank's batches from the loader's position on, as (epoch, index)."""
 
     def __init__(self, owner: ResumableLoader) -> None:
-        self._owner = owner
+        # A circle of references would leave persistent workers to the garbage collector, which
+        # closes their queues first and then waits seconds for each.
+        self._owner = weakref.proxy(owner)
 
     def __iter__(self) -> Iterator[list[Key]]:
         owner = self._owner

@@ -42,21 +42,24 @@ class SamplingPlan:
 
     def __init__(self, loader: DataLoader[Any], seed: int, rank: int, size: int) -> None:
         self._loader, self._seed, self._rank, self._size = loader, seed, rank, size
+        own = loader.batch_sampler
+        if type(own) is BatchSampler:  # the loader's, or given by the user: both say the same
+            self._sampler, self.batch_size, self._drop_last = (
+                own.sampler,
+                own.batch_size,
+                own.drop_last,
+            )
+        else:
+            self._sampler, self.batch_size, self._drop_last = loader.sampler, 1, False
         # A custom batch sampler decides which samples go together; whole batches are dealt out.
-        self.deals_batches = loader.batch_sampler is not None and (
-            type(loader.batch_sampler) is not BatchSampler
-        )
-        self.batch_size = (
-            1 if self.deals_batches or loader.batch_size is None else (loader.batch_size)
-        )
-        self._drop_last = bool(loader.drop_last) and not self.deals_batches
+        self.deals_batches = own is not None and type(own) is not BatchSampler
         self._order: tuple[int, Sequence[Any]] | None = None
 
     def num_units(self, epoch: int) -> int:
         """Samples (or custom batches) of an epoch over all ranks, before ``drop_last``."""
-        if self.deals_batches or not _is_plain(self._loader.sampler):
+        if self.deals_batches or not _is_plain(self._sampler):
             return len(self.order(epoch))
-        return len(self._loader.dataset)  # type: ignore[arg-type]
+        return self._length
 
     def num_batches(self, epoch: int, position: int = 0) -> int:
         """Batches that each rank gets from a position to the end of the epoch."""
@@ -94,14 +97,13 @@ class SamplingPlan:
         return self._order[1]
 
     def _make_order(self, epoch: int) -> Sequence[Any]:
-        sampler = self._loader.sampler
+        sampler = self._sampler
         seed = derive(self._seed, epoch)
         if not self.deals_batches and _is_plain(sampler):
-            length = len(self._loader.dataset)  # type: ignore[arg-type]
             if not _shuffles(sampler):
-                return range(length)
+                return range(self._length)
             generator = torch.Generator().manual_seed(seed)
-            return _Indices(torch.randperm(length, generator=generator))
+            return _Indices(torch.randperm(self._length, generator=generator))
         source: Any = self._loader.batch_sampler if self.deals_batches else sampler
         with preserved():
             seed_cpu(seed)
@@ -112,6 +114,11 @@ class SamplingPlan:
                 if part is not None and hasattr(part, "set_epoch"):
                     part.set_epoch(epoch)
             return list(source)
+
+    @property
+    def _length(self) -> int:
+        data: Any = self._loader.dataset
+        return len(getattr(self._sampler, "data_source", data))
 
     def _share(self, units: Sequence[Any]) -> Share:
         # As even as possible: only the last batch of an epoch can be uneven.

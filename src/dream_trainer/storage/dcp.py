@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 
 from dream_trainer.errors import CheckpointError
 from dream_trainer.storage.tree import Tree, TreePath, join, merge, split
@@ -31,6 +33,7 @@ from dream_trainer.storage.tree import Tree, TreePath, join, merge, split
 Like = Callable[[TreePath, torch.Size], Tensor | None]
 
 _PLAIN = "__plain__"
+_RESERVED = re.compile(r"__plain__$|__rank_\d+__")
 _METADATA_CLASSES = {
     *((dcp_metadata.__name__, name) for name in dcp_metadata.__all__),
     (dcp_metadata.__name__, "_MEM_FORMAT_ENCODING"),
@@ -50,7 +53,7 @@ def write_tree(
 
     Args:
         directory: where to; on a file system that all ranks see.
-        shared: state that is the same on every rank, or sharded over them (DTensors).
+        shared: state that is sharded over the ranks (DTensors), or for which rank 0's counts.
         local: state of this rank alone.
         rank: this rank.
         world_size: how many ranks write.
@@ -61,7 +64,12 @@ def write_tree(
     Raises:
         TypeError: something is neither plain data nor a tensor.
     """
-    entries = _entries(shared, "", with_plain=rank == 0) | _entries(local, f"__rank_{rank}__")
+    entries = _entries(shared, "", with_plain=rank == 0)
+    if rank != 0:
+        # Of equal names the writer keeps any one rank's. What is not sharded has to be rank 0's:
+        # batch norm's statistics differ between DDP ranks, and rank 0's count.
+        entries = {name: value for name, value in entries.items() if isinstance(value, DTensor)}
+    entries |= _entries(local, f"__rank_{rank}__")
     writer = dcp.FileSystemWriter(directory, sync_files=True)
     with _quiet():
         dcp.save(entries, storage_writer=writer, no_dist=world_size == 1)
@@ -115,6 +123,8 @@ def _entries(tree: Tree, prefix: str, *, with_plain: bool = True) -> dict[str, T
     paths = {prefix + join(path): path for path in tensors}
     if len(paths) != len(tensors):
         raise ValueError("two tensors of the state have the same dotted name")
+    if not prefix and (ours := [name for name in paths if _RESERVED.match(name)]):
+        raise ValueError(f"the name {ours[0]} is taken by the format")
     entries = {name: tensors[path].detach() for name, path in paths.items()}
     if with_plain:
         buffer = io.BytesIO()

@@ -50,10 +50,14 @@ def save_directory(
             versions={name: _version(name) for name in _PACKAGES},
             **facts,
         )
-        manifest.write(beside)
-        if final.exists():
-            move_aside(final, "superseded")
-        beside.rename(final)
+        try:
+            manifest.write(beside)
+            if final.exists():
+                move_aside(final, "superseded")
+            beside.rename(final)
+        except Exception:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
         fsync_directory(final.parent)
         return manifest
 
@@ -68,7 +72,9 @@ def save_directory(
                 shutil.rmtree(beside, ignore_errors=True)
             raise CheckpointError(str(final), problems, "Older checkpoints are untouched.")
         return on_rank_zero(commit, rank, world_size)
-    except OSError as error:
+    except CheckpointError:
+        raise
+    except Exception as error:
         raise CheckpointError(
             str(final), [f"{type(error).__name__}: {error}"], "Older checkpoints are untouched."
         ) from error

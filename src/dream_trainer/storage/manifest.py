@@ -50,9 +50,7 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         """Write ``manifest.json``, with a checksum of itself."""
-        facts = asdict(self)
-        facts["checksum"] = _checksum_of(facts)
-        write_text(directory / _NAME, json.dumps(facts, indent=2) + "\n")
+        write_text(directory / _NAME, _text_of(asdict(self)))
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
@@ -62,12 +60,13 @@ class Manifest:
             CheckpointError: it is missing, broken, or of another format version.
         """
         try:
-            facts = json.loads((directory / _NAME).read_text(encoding="utf-8"))
+            text = (directory / _NAME).read_bytes().decode()
+            facts = json.loads(text)
         except (OSError, ValueError) as error:
             raise CheckpointError(str(directory), [f"{_NAME}: {error}"]) from error
         if not isinstance(facts, dict):
             raise CheckpointError(str(directory), [f"{_NAME} is no JSON object"])
-        checksum = facts.pop("checksum", None)
+        facts.pop("checksum", None)
         if facts.get("format_version") != FORMAT_VERSION:
             raise CheckpointError(
                 str(directory),
@@ -76,7 +75,7 @@ class Manifest:
                     f"this release reads {FORMAT_VERSION}"
                 ],
             )
-        if checksum != _checksum_of(facts) or facts.keys() != {f.name for f in fields(cls)}:
+        if text != _text_of(facts) or facts.keys() != {f.name for f in fields(cls)}:
             raise CheckpointError(str(directory), [f"{_NAME} does not match its own checksum"])
         return cls(**facts)
 
@@ -116,5 +115,7 @@ def _crc32(path: Path) -> int:
     return value
 
 
-def _checksum_of(facts: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps(facts, sort_keys=True).encode())
+def _text_of(facts: Mapping[str, Any]) -> str:
+    """The only form that a manifest with these facts can have, with a checksum of them."""
+    checksum = zlib.crc32(json.dumps(facts, sort_keys=True).encode())
+    return json.dumps({**facts, "checksum": checksum}, indent=2) + "\n"

@@ -50,8 +50,12 @@ def split(tree: Tree) -> tuple[Tree, dict[TreePath, Tensor]]:
         if isinstance(node, (list, tuple)):
             items = [visit(value, (*path, index)) for index, value in enumerate(node)]
             return items if isinstance(node, list) else tuple(items)
-        if node is None or type(node) in _PLAIN or isinstance(node, (set, frozenset)):
+        if node is None or type(node) in _PLAIN:
             return node
+        if type(node) is set and all(type(item) in _PLAIN for item in node):
+            return set(node)
+        if isinstance(node, str):
+            return str.__str__(node)  # str() of an enum would be its name
         for plain in _PLAIN:
             if isinstance(node, plain):
                 return plain(node)

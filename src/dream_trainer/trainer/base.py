@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import secrets
+import time
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,15 +34,19 @@ from dream_trainer.errors import (
 from dream_trainer.loggers import Logger
 from dream_trainer.loop import FitLoop
 from dream_trainer.metrics import LoggedValues, Value
-from dream_trainer.randomness import derive, seed_everything, set_rng_state
+from dream_trainer.randomness import rng_state, seed_everything, set_rng_state
 from dream_trainer.trainer.abstract import AbstractTrainer, AbstractTrainerConfig
 from dream_trainer.trainer.components import Components
 from dream_trainer.trainer.loaders import adopt_loader, count_training_steps
 from dream_trainer.trainer.metric_phases import MetricPhases
 from dream_trainer.trainer.restore import restore
-from dream_trainer.trainer.run_directory import fresh_experiment_name
+from dream_trainer.trainer.run_directory import (
+    config_yaml,
+    fresh_experiment_name,
+    recorded_seed,
+)
 from dream_trainer.trainer.running import running
-from dream_trainer.trainer.state import apply_state, check_finite, gather_state
+from dream_trainer.trainer.state import apply_state, check_finite, gather_state, seed_rank
 from dream_trainer.world.component_state import gradients
 
 if TYPE_CHECKING:
@@ -83,6 +88,7 @@ class BaseTrainer(AbstractTrainer):
         is_fitting: whether :meth:`fit` is under way.
         is_resumed: whether the run continues from a checkpoint.
         stop_reason: what :meth:`stop` was told; None while the run may go on.
+        describe_config: gives the text of ``config.yaml`` for the configuration of the run.
     """
 
     config: BaseTrainerConfig
@@ -106,7 +112,7 @@ class BaseTrainer(AbstractTrainer):
         self.logged = LoggedValues()
         self.is_fitting = self.is_resumed = False
         self.stop_reason: str | None = None
-        self._config_yaml: str | None = None
+        self.describe_config: Callable[[Any], str] = config_yaml
         self._is_prepared = self._is_restored = False
         self._rng_state: Mapping[str, Any] | None = None
         self._window = AccumulationWindow(1, 1, lambda total: total)
@@ -157,11 +163,12 @@ class BaseTrainer(AbstractTrainer):
                 "Set one of them.",
             )
         with running(self):
+            self.stop_reason = None
             self.prepare()
             self._restore()
             self.is_fitting = True
-            self.loop.sanity_check()
             self.callbacks.pre_fit(self)
+            self.loop.sanity_check()
             self._set_run_rng()
             self.loop.run()
             self.callbacks.post_fit(self)
@@ -229,6 +236,8 @@ class BaseTrainer(AbstractTrainer):
         name, optimizer = self._optimizer(optimizer)
         factor = self._window.gradient_factor(self.world.device)
         if factor is not None and (grads := gradients([optimizer])):
+            if isinstance(factor, Tensor):
+                factor = factor.to(grads[0].dtype)
             torch._foreach_mul_(grads, factor)
         self.callbacks.pre_optimizer_step(self, optimizer)
         parameters = self.training_parameters
@@ -251,6 +260,10 @@ class BaseTrainer(AbstractTrainer):
     def stop(self, reason: str) -> None:
         """End the run after the step under way. Call it on every rank."""
         self.stop_reason = reason
+
+    def clock(self) -> float:
+        """Seconds from any start, for ``max_time``; a test may override it."""
+        return time.monotonic()
 
     def save_checkpoint(self, path: str | Path) -> None:
         """Write a checkpoint directory; every rank calls it.
@@ -302,7 +315,12 @@ class BaseTrainer(AbstractTrainer):
         Raises:
             ConfigError: neither ``max_steps`` nor ``n_epochs`` and a loader of known length say.
         """
-        loader = self._adopt(self.train_dataloader, "train_dataloader")
+        # During setup there is no loop yet; later its loader must not be attached anew.
+        loader = (
+            self.loop.train_loader
+            if self._is_prepared
+            else self._adopt(self.train_dataloader, "train_dataloader")
+        )
         return count_training_steps(loader, self.training_parameters, self.world.dp_size)
 
     @property
@@ -372,7 +390,7 @@ class BaseTrainer(AbstractTrainer):
         self.prepare()
         apply_state(self, state_dict, strict)
         self._is_restored = self.is_resumed = True
-        self._rng_state = state_dict.get("rng")
+        self._rng_state = rng_state()
 
     def checked_state_dict(self) -> dict[str, Any]:
         """:meth:`state_dict`, if it may be saved as good.
@@ -396,9 +414,10 @@ class BaseTrainer(AbstractTrainer):
         # A copy: another trainer with the same configuration gets a seed and a name of its own.
         self.config = config = copy.copy(self.config)
         # Drawn or named on rank 0: on its own each rank would come up with another.
-        seed = secrets.randbits(32) if config.seed is None else config.seed
-        name = config.experiment or fresh_experiment_name()
-        config.seed, config.experiment = self.world.broadcast((seed, name))
+        config.experiment = config.experiment or fresh_experiment_name()
+        if config.seed is None:
+            config.seed = self._seed_to_continue_with()
+        config.seed, config.experiment = self.world.broadcast((config.seed, config.experiment))
         seed_everything(self.seed)
         callbacks.pre_configure(self)
         self.configure()
@@ -414,6 +433,16 @@ class BaseTrainer(AbstractTrainer):
         """Seed of the run. Known once the run is launched, if the configuration has none."""
         assert self.config.seed is not None, "the run has no seed before it is launched"
         return self.config.seed
+
+    def _seed_to_continue_with(self) -> int:
+        """What the run drew that this one continues, or a new one."""
+        parameters, directory = self.checkpoint_parameters, self.run_directory
+        if parameters.resume not in ("auto", "must", "never"):
+            directory = Path(parameters.resume).absolute().parents[1]
+        elif not parameters.enable or parameters.resume == "never":
+            return secrets.randbits(32)
+        seed = recorded_seed(directory)
+        return secrets.randbits(32) if seed is None else seed
 
     def _bind(self) -> None:
         """Look up once what every step needs."""
@@ -451,27 +480,25 @@ class BaseTrainer(AbstractTrainer):
             train,
             None if val is None else self._adopt(val, "val_dataloader"),
             self._window,
+            self.clock,
         )
 
     def _restore(self) -> None:
         """Once: continue from a checkpoint, if there is one, and open the run directory."""
         if not self._is_restored:
-            restore(self, self._config_yaml)
+            restore(self)
             self._is_restored = True
 
     def _adopt(self, loader: Any, name: str, looks_ahead: bool = False) -> ResumableLoader:
         return adopt_loader(loader, name, self.world, self.seed, looks_ahead)
 
     def _set_run_rng(self) -> None:
-        """The streams of the first step depend on the seed, or on the checkpoint, alone.
-
-        Ranks that share samples (tensor parallel) share the stream; the others differ.
-        """
+        """The streams of the first step depend on the seed, or on the checkpoint, alone."""
         if self._rng_state is not None:
             set_rng_state(self._rng_state)
             self._rng_state = None
         elif not self.progress.num_batches:
-            seed_everything(derive(self.seed, "train", self.world.dp_rank))
+            seed_rank(self)
 
     def _say_end(self) -> None:
         reason = self.stop_reason or "done"

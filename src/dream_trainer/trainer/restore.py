@@ -5,18 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dream_trainer.errors import StateError
-from dream_trainer.trainer.run_directory import config_yaml, record_config
+from dream_trainer.trainer.run_directory import record_config
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
 
 
-def restore(trainer: BaseTrainer, config_text: str | None = None) -> None:
+def restore(trainer: BaseTrainer) -> None:
     """Load what ``checkpoint_parameters`` say, tell it in one line, record the configuration.
 
     Args:
         trainer: set up.
-        config_text: ``config.yaml`` as it was read; None writes the configuration out.
 
     Raises:
         ConfigError: ``resume`` forbids what there is, or demands what there is not.
@@ -38,10 +37,12 @@ def restore(trainer: BaseTrainer, config_text: str | None = None) -> None:
         _load_weights(trainer, parameters.init_from)
     elif parameters.enable:
         trainer.world.print(f"new run in {directory}")
-    if parameters.enable and trainer.world.is_global_zero:
-        text = config_text if config_text is not None else config_yaml(trainer.config)
-        if record_config(directory, text):
-            trainer.world.print("the configuration is not the one this run had: see config.yaml*")
+    if (
+        parameters.enable
+        and trainer.world.is_global_zero
+        and record_config(directory, trainer.describe_config(trainer.config))
+    ):
+        trainer.world.print("the configuration is not the one this run had: see config.yaml*")
 
 
 def _load_weights(trainer: BaseTrainer, path: str) -> None:

@@ -61,6 +61,16 @@ def record_config(directory: Path, text: str) -> bool:
     return old is not None
 
 
+def recorded_seed(directory: Path) -> int | None:
+    """The seed in ``config.yaml``; None without a readable one."""
+    try:
+        recorded = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return None
+    seed = recorded.get("seed") if isinstance(recorded, dict) else None
+    return seed if isinstance(seed, int) else None
+
+
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from dream_trainer.callbacks import MetricLogger
 from dream_trainer.errors import NonFiniteError, StateError
-from dream_trainer.randomness import rng_state, set_rng_state
+from dream_trainer.randomness import derive, rng_state, seed_everything, set_rng_state
 from dream_trainer.trainer.finiteness import first_nonfinite
+from dream_trainer.world.component_state import load_rank_buffers, rank_buffers
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
 
 _PARTS = ("trainer", "dataloaders", "callbacks", "precision", "rng")
+_KNOWN = {*_PARTS, "models", "optimizers", "schedulers"}
 
 
 def gather_state(trainer: BaseTrainer) -> dict[str, Any]:
@@ -31,13 +33,15 @@ def gather_state(trainer: BaseTrainer) -> dict[str, Any]:
         "trainer": {
             "progress": trainer.progress.state_dict(),
             "seed": trainer.seed,
+            "world_size": trainer.world.size,
             "metrics": trainer.metrics.state_dict(),
+            "buffers": rank_buffers(trainer.components.models) if trainer.world.size > 1 else {},
         },
         **trainer.components.state_dict(),
         "dataloaders": {"train": trainer.loop.train_loader.state_dict()},
         "callbacks": trainer.callbacks.state_dict(),
         "precision": trainer.world.precision_state(),
-        "rng": rng_state(),
+        "rng": {"rank": trainer.world.rank, **rng_state()},
     }
 
 
@@ -45,23 +49,43 @@ def apply_state(trainer: BaseTrainer, state: Mapping[str, Any], strict: bool) ->
     """See :meth:`BaseTrainer.load_state_dict`."""
     problems = trainer.components.problems(state)
     problems += [f"{part}: missing in the state" for part in _PARTS if part not in state]
+    problems += [f"{part}: in the state only" for part in state if part not in _KNOWN]
     if problems and strict:
         raise StateError(
             "state_dict", problems, "Pass strict=False to load what fits; nothing was loaded."
         )
+    if "train" in state.get("dataloaders", {}):
+        try:
+            # First, because it refuses other data; then nothing is loaded yet.
+            trainer.loop.train_loader.load_state_dict(state["dataloaders"]["train"])
+        except StateError as error:
+            if strict:
+                raise
+            problems += [f"dataloaders.train: {problem}" for problem in error.problems]
     if problems:
         warnings.warn("not loaded:\n  - " + "\n  - ".join(problems), stacklevel=3)
-    if "train" in state.get("dataloaders", {}):
-        # First, because it refuses other data; then nothing is loaded yet.
-        trainer.loop.train_loader.load_state_dict(state["dataloaders"]["train"])
     trainer.components.load_state_dict(state)
     own = state.get("trainer", {})
     trainer.progress.load_state_dict(own.get("progress", {}))
-    trainer.metrics.load_state_dict(own.get("metrics", {}))
     trainer.callbacks.load_state_dict(state.get("callbacks", {}))
     trainer.world.load_precision_state(state.get("precision", {}))
-    if "rng" in state:
-        set_rng_state(state["rng"])
+    rng = state.get("rng", {})
+    if rng.get("rank") != trainer.world.rank:
+        # Another rank's streams would give two ranks the same dropout.
+        seed_rank(trainer)
+    else:
+        set_rng_state(rng)
+        if own.get("world_size") == trainer.world.size:
+            trainer.metrics.load_state_dict(own.get("metrics", {}))
+            load_rank_buffers(trainer.components.models, own.get("buffers", {}))
+
+
+def seed_rank(trainer: BaseTrainer) -> None:
+    """Seed every stream from the run's seed, the step and this rank.
+
+    Ranks that share samples (tensor parallel) share the streams; the others differ.
+    """
+    seed_everything(derive(trainer.seed, "train", trainer.global_step, trainer.world.dp_rank))
 
 
 def check_finite(trainer: BaseTrainer) -> None:

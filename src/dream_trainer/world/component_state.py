@@ -45,6 +45,30 @@ def module_state(module: nn.Module) -> dict[str, Any]:
     return {clean_name(name): value for name, value in module.state_dict().items()}
 
 
+def rank_buffers(models: Mapping[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
+    """Buffers that each rank has of its own, by model and name.
+
+    Batch norm's statistics follow a rank's own samples; only DDP makes them equal, now and then.
+    """
+    return {
+        model_name: {
+            clean_name(name): value
+            for name, value in model.state_dict().items()
+            if isinstance(value, Tensor) and not isinstance(value, DTensor) and name in buffers
+        }
+        for model_name, model in models.items()
+        if (buffers := {name for name, _ in model.named_buffers()})
+    }
+
+
+def load_rank_buffers(
+    models: Mapping[str, nn.Module], state: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """The inverse of :func:`rank_buffers`; what does not fit is passed over."""
+    for model_name in models.keys() & state.keys():
+        load_module_state(models[model_name], state[model_name])
+
+
 def module_problems(module: nn.Module, state: Mapping[str, Any]) -> list[str]:
     """What of a state does not fit a module, one sentence each."""
     own = module_state(module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -32,6 +33,8 @@ from dream_trainer.world.strategy import fabric_arguments
 
 T = TypeVar("T")
 _NOTHING = nullcontext()
+#: Fabric lets these win over its arguments without a word.
+_OVERRIDES = ("LT_ACCELERATOR", "LT_STRATEGY", "LT_DEVICES", "LT_NUM_NODES", "LT_PRECISION")
 
 
 class DreamWorld:
@@ -166,6 +169,9 @@ class DreamWorld:
         had_group = _has_group()
         self._fabric.launch()
         self._opened_group = not had_group and _has_group()
+        overrides = [f"{name}={os.environ[name]}" for name in _OVERRIDES if name in os.environ]
+        if overrides:
+            self.print(f"the environment overrides the device settings: {', '.join(overrides)}")
 
     def close(self) -> None:
         """Leave the process group, if :meth:`launch` joined it."""

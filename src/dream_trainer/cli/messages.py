@@ -1,0 +1,55 @@
+"""What a failed command says, and with which status it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+from dream_trainer.errors import CheckpointError, ConfigError, StateError
+
+_RANK_VARIABLES = ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")
+
+
+@contextlib.contextmanager
+def exit_statuses(prog: str) -> Iterator[None]:
+    """Ends the program with a message, where a traceback would not help.
+
+    2 is a configuration that cannot work, 1 a checkpoint that cannot be used, 130 Ctrl-C. Every
+    other exception passes through.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        # The launcher's children, and torchrun's ranks, meet the same configuration.
+        if launched_rank() == 0:
+            print(f"{prog}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except (CheckpointError, StateError) as error:
+        where = f" (rank {rank})" if (rank := launched_rank()) else ""
+        print(f"{prog}: error{where}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+@contextlib.contextmanager
+def first_rank_speaks() -> Iterator[None]:
+    """Silences help, usage and printed configurations of all ranks but the first."""
+    if launched_rank() == 0:
+        yield
+        return
+    with (
+        open(os.devnull, "w", encoding="utf-8") as nowhere,  # noqa: PTH123
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
+
+
+def launched_rank() -> int:
+    """Number that a launcher gave this process; 0 for the first one, and without a launcher."""
+    given = (os.environ.get(name, "") for name in _RANK_VARIABLES)
+    # The largest: Fabric's children on a SLURM node all have SLURM_PROCID=0.
+    return max((int(value) for value in given if value.isdigit()), default=0)

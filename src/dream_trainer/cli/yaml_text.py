@@ -1,0 +1,43 @@
+"""YAML in which what is written is what is read: ``1e-3`` is a number, a date is text."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+_FLOAT = "tag:yaml.org,2002:float"
+_TIMESTAMP = "tag:yaml.org,2002:timestamp"
+_WITH_EXPONENT = re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$")
+
+
+class _Loader(yaml.SafeLoader):
+    pass
+
+
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+# Both must know the same numbers, or the text "1e3" would be written bare and come back as 1000.
+_Loader.add_implicit_resolver(_FLOAT, _WITH_EXPONENT, list("-+0123456789"))
+_Dumper.add_implicit_resolver(_FLOAT, _WITH_EXPONENT, list("-+0123456789"))
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _TIMESTAMP]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+
+
+def load_yaml(text: str) -> Any:
+    """Plain data from YAML text.
+
+    Raises:
+        yaml.YAMLError: the text is no YAML.
+    """
+    return yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader
+
+
+def dump_yaml(value: Any) -> str:
+    """Plain data as YAML text, in the order it has."""
+    return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
