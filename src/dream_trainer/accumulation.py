@@ -119,7 +119,9 @@ class AccumulationWindow:
         # Counts of tokens soon need more digits than float32 has. MPS has no float64.
         dtype = torch.float32 if device.type == "mps" else torch.float64
         total = torch.stack([torch.as_tensor(w, device=device).to(dtype) for w in mine]).mean()
-        return self._dp_size / self._sum_over_ranks(total.detach())
+        total = self._sum_over_ranks(total.detach())
+        # Nothing counted: the gradients are zero, and 0 / 0 would make them NaN.
+        return torch.where(total == 0, total, self._dp_size / total)
 
     def count_step(self, optimizer: str) -> bool:
         """An optimizer stepped.

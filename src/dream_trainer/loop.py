@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -92,21 +92,27 @@ class FitLoop:
             return
         self.train_loader.set_epoch(progress.epoch)
         self.validate_if_due()  # the checkpoint may lie between a step and its validation
-        is_over = not self._epoch_has_steps_left
-        if not is_over:
-            for batch in self.train_loader:
-                if not self.train_step(trainer.world.to_device(batch)):
-                    continue
-                self.finish_step()
-                if self.is_done or not self._epoch_has_steps_left:
-                    is_over = self.train_loader.is_last is True or not self._epoch_has_steps_left
-                    break
-            else:
-                is_over = True
         # Done by a limit, with batches left over: the epoch stays open for a later run.
-        if is_over:
+        if not self._epoch_has_steps_left or self._train_batches():
             progress.finish_train_epoch()
             callbacks.post_train_epoch(trainer)
+
+    def _train_batches(self) -> bool:
+        """Train on the epoch's batches until they end, or a limit is reached.
+
+        Returns:
+            Whether the epoch is over.
+        """
+        # Closed here, or an error's traceback would keep the loader's workers alive.
+        with closing(iter(self.train_loader)) as batches:
+            for batch in batches:
+                if self.train_step(self.trainer.world.to_device(batch)):
+                    self.finish_step()
+                    if not self._epoch_has_steps_left:
+                        return True
+                    if self.is_done:
+                        return self.train_loader.is_last is True
+        return True
 
     def train_step(self, batch: Any) -> bool:
         """Take one batch through ``training_step``.
@@ -193,10 +199,10 @@ class FitLoop:
             limit: batches to read at most.
         """
         trainer = self.trainer
-        with self._evaluating(phase):
+        loader.rewind()
+        with self._evaluating(phase), closing(iter(loader)) as batches:
             values = trainer.logged
-            loader.rewind()
-            for batch_idx, batch in enumerate(itertools.islice(loader, limit)):
+            for batch_idx, batch in enumerate(itertools.islice(batches, limit)):
                 batch = trainer.world.to_device(batch)
                 weight = 1.0 if loader.num_samples is None else float(loader.num_samples)
                 # What a filler measures and logs would count a sample twice.
@@ -214,9 +220,9 @@ class FitLoop:
     def predict(self, loader: ResumableLoader) -> list[Any]:
         """What ``predict_step`` returns for each batch of this rank, in order."""
         trainer, results = self.trainer, []
-        with self._evaluating("predict"):
-            loader.rewind()
-            for batch_idx, batch in enumerate(loader):
+        loader.rewind()
+        with self._evaluating("predict"), closing(iter(loader)) as batches:
+            for batch_idx, batch in enumerate(batches):
                 result = trainer.predict_step(trainer.world.to_device(batch), batch_idx)
                 if loader.num_samples != 0:
                     results.append(result)

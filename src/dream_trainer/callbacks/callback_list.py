@@ -36,15 +36,17 @@ class CallbackList(Callback):
         ]
         if problems:
             raise ConfigError("callbacks", problems, "Derive it from dream_trainer.Callback.")
-        foreign = list(foreign)
+        # One that is registered both here and on the Fabric is called once.
+        own = set(map(id, self._callbacks.values()))
+        everyone = [*self._callbacks.values(), *(one for one in foreign if id(one) not in own)]
         for hook in HOOKS:
+            inherited = getattr(Callback, hook)
             listeners = [
-                getattr(one, hook)
-                for one in self._callbacks.values()
-                if getattr(type(one), hook) is not getattr(Callback, hook)
+                method
+                for one in everyone
+                if callable(method := getattr(one, hook, None))
+                and getattr(type(one), hook, None) is not inherited
             ]
-            others = (getattr(one, hook, None) for one in foreign if not isinstance(one, Callback))
-            listeners += [method for method in others if callable(method)]
             setattr(self, hook, _dispatcher(listeners))
 
     def __getitem__(self, name: str) -> Callback:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from dream_trainer.cli.yaml_text import load_yaml
+from dream_trainer.configs.yaml_text import load_yaml
 from dream_trainer.errors import ConfigError
 
 

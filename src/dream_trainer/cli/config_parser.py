@@ -18,7 +18,7 @@ from jsonargparse import (
 
 from dream_trainer.cli.config_files import merge_files, read_files
 from dream_trainer.cli.explanations import explained
-from dream_trainer.cli.yaml_text import dump_yaml, load_yaml
+from dream_trainer.configs.yaml_text import dump_yaml, load_yaml
 from dream_trainer.errors import ConfigError
 
 _FAILED = object()

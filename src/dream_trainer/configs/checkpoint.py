@@ -55,9 +55,9 @@ class CheckpointParameters:
             problems.append(f"every_n_minutes={self.every_n_minutes} is not above 0")
         if self.mode not in ("min", "max"):
             problems.append(f"mode={self.mode!r} is neither 'min' nor 'max'")
-        if self.keep_last < 1:
+        if not (isinstance(self.keep_last, int) and self.keep_last >= 1):
             problems.append(f"keep_last={self.keep_last}: the newest checkpoint must stay")
-        if self.keep_top_k < 0:
+        if not (isinstance(self.keep_top_k, int) and self.keep_top_k >= 0):
             problems.append(f"keep_top_k={self.keep_top_k} is below 0")
         if problems:
             raise ConfigError("checkpoint_parameters", problems)

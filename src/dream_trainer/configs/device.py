@@ -75,8 +75,11 @@ class DeviceParameters:
             problems.append(f"precision={self.precision!r} is none of {', '.join(PRECISIONS)}")
         if self.num_nodes < 1:
             problems.append(f"num_nodes={self.num_nodes} is below 1")
-        if isinstance(self.devices, int) and (self.devices == 0 or self.devices < -1):
-            problems.append(f"devices={self.devices}: give a number above 0, a list or 'auto'")
+        if not _names_devices(self.devices):
+            problems.append(
+                f"devices={self.devices!r} is neither a number above 0, nor a list of numbers, "
+                "nor 'auto'"
+            )
         if not self.timeout_seconds > 0:
             problems.append(f"timeout_seconds={self.timeout_seconds} is not above 0")
         if self.strategy is not None and (self.dp_shard != 1 or self.tensor_parallel != 1):
@@ -148,3 +151,12 @@ class DeviceParameters:
 
     def _sizes(self) -> dict[str, Size]:
         return {name: getattr(self, name) for name in _SIZES}
+
+
+def _names_devices(devices: object) -> bool:
+    if isinstance(devices, str):
+        parts = devices.split(",")
+        return devices in ("auto", "-1") or all(p.strip().isdigit() for p in parts if p.strip())
+    if isinstance(devices, int):
+        return devices >= 1 or devices == -1
+    return isinstance(devices, list) and all(isinstance(index, int) for index in devices)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -151,7 +151,7 @@ class ResumableLoader:
             return None
         return self._sampling_plan.num_samples_ahead(self.epoch, self._position, num_batches)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Generator[Any, None, None]:
         yield from self._map_style() if self._is_map_style else self._iterable()
         self._start_epoch(self.epoch + 1)
 

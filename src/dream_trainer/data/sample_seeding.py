@@ -25,9 +25,18 @@ class SeededDataset(Dataset[Any]):
 
     def __init__(self, dataset: Any, seed: int | None) -> None:
         self._dataset, self._seed = dataset, seed
+        if seed is None and hasattr(dataset, "__getitems__"):
+            # One fetch a batch, for data sets that have it; with seeds each sample is its own.
+            self.__getitems__ = self._get_many
 
     def __len__(self) -> int:
         return len(self._dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        # A worker_init_fn looks for the user's own attributes on the worker's data set.
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._dataset, name)
 
     def __getitem__(self, key: Key) -> tuple[Key, Any]:
         epoch, index = key
@@ -36,6 +45,10 @@ class SeededDataset(Dataset[Any]):
         with _isolated():
             seed_cpu(derive(self._seed, epoch, _number(index)))
             return key, self._dataset[index]
+
+    def _get_many(self, keys: Sequence[Key]) -> list[tuple[Key, Any]]:
+        samples = self._dataset.__getitems__([index for _, index in keys])
+        return list(zip(keys, samples, strict=True))
 
 
 class SeededCollate:

@@ -107,11 +107,12 @@ class SamplingPlan:
         source: Any = self._loader.batch_sampler if self.deals_batches else sampler
         with preserved():
             seed_cpu(seed)
-            for part in (source, sampler, getattr(source, "sampler", None)):
+            parts = {id(part): part for part in (source, getattr(source, "sampler", sampler))}
+            for part in parts.values():
                 own = getattr(part, "generator", None)
                 if isinstance(own, torch.Generator):
                     own.manual_seed(seed)
-                if part is not None and hasattr(part, "set_epoch"):
+                if hasattr(part, "set_epoch"):
                     part.set_epoch(epoch)
             return list(source)
 

@@ -39,7 +39,7 @@ from dream_trainer.trainer.abstract import AbstractTrainer, AbstractTrainerConfi
 from dream_trainer.trainer.components import Components
 from dream_trainer.trainer.loaders import adopt_loader, count_training_steps
 from dream_trainer.trainer.metric_phases import MetricPhases
-from dream_trainer.trainer.restore import restore
+from dream_trainer.trainer.restore import open_run_directory, restore
 from dream_trainer.trainer.run_directory import (
     config_yaml,
     fresh_experiment_name,
@@ -107,7 +107,9 @@ class BaseTrainer(AbstractTrainer):
         self.callbacks = CallbackList(
             {"lr": replaced.pop("lr"), **added, **replaced}, foreign=self.world.callbacks
         )
-        self.loggers: dict[str, Logger] = dict(config.loggers)
+        self.loggers: dict[str, Logger] = {
+            name: one for name, one in config.loggers.items() if one is not None
+        }
         self.metrics = MetricPhases(self)
         self.logged = LoggedValues()
         self.is_fitting = self.is_resumed = False
@@ -166,6 +168,8 @@ class BaseTrainer(AbstractTrainer):
             self.stop_reason = None
             self.prepare()
             self._restore()
+            if self.writes_run_directory:
+                open_run_directory(self)
             self.is_fitting = True
             self.callbacks.pre_fit(self)
             self.loop.sanity_check()
@@ -484,7 +488,7 @@ class BaseTrainer(AbstractTrainer):
         )
 
     def _restore(self) -> None:
-        """Once: continue from a checkpoint, if there is one, and open the run directory."""
+        """Once: continue from a checkpoint, if there is one."""
         if not self._is_restored:
             restore(self)
             self._is_restored = True

@@ -1,4 +1,4 @@
-"""The start of a run on disk: continue, start from weights, or start afresh."""
+"""The start of a run: continue, start from weights, or start afresh."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def restore(trainer: BaseTrainer) -> None:
-    """Load what ``checkpoint_parameters`` say, tell it in one line, record the configuration.
+    """Load what ``checkpoint_parameters`` say, and tell it in one line. Writes nothing.
 
     Args:
         trainer: set up.
@@ -35,14 +35,17 @@ def restore(trainer: BaseTrainer) -> None:
         )
     elif parameters.init_from is not None:
         _load_weights(trainer, parameters.init_from)
-    elif parameters.enable:
-        trainer.world.print(f"new run in {directory}")
-    if (
-        parameters.enable
-        and trainer.world.is_global_zero
-        and record_config(directory, trainer.describe_config(trainer.config))
-    ):
-        trainer.world.print("the configuration is not the one this run had: see config.yaml*")
+
+
+def open_run_directory(trainer: BaseTrainer) -> None:
+    """Record the configuration of the run that is about to write there."""
+    directory, world = trainer.run_directory, trainer.world
+    if not trainer.is_resumed:
+        world.print(f"new run in {directory}")
+    if world.is_global_zero:
+        is_other = record_config(directory, trainer.describe_config(trainer.config))
+        if is_other:
+            world.print("the configuration is not the one this run had: see config.yaml*")
 
 
 def _load_weights(trainer: BaseTrainer, path: str) -> None:

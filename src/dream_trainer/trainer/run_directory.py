@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from dream_trainer.configs.yaml_text import dump_yaml, load_yaml
 from dream_trainer.randomness import derive
 from dream_trainer.storage import move_aside, write_text
 
@@ -42,7 +43,7 @@ def config_yaml(config: Any) -> str:
     Objects that are not plain data appear by their class path: such a file is a record, and
     can only be fed back if their arguments are filled in.
     """
-    return str(yaml.safe_dump(_plain(config), sort_keys=False))
+    return dump_yaml(_plain(config))
 
 
 def record_config(directory: Path, text: str) -> bool:
@@ -64,7 +65,7 @@ def record_config(directory: Path, text: str) -> bool:
 def recorded_seed(directory: Path) -> int | None:
     """The seed in ``config.yaml``; None without a readable one."""
     try:
-        recorded = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
+        recorded = load_yaml((directory / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
         return None
     seed = recorded.get("seed") if isinstance(recorded, dict) else None
