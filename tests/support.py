@@ -263,9 +263,7 @@ def run_ranks(
             left = 5.0 if failures else deadline - time.monotonic()
             ready = wait(list(open_pipes), timeout=max(left, 0))
             if not ready:
-                failures |= {
-                    rank: f"not done after {time_limit:.0f} s" for rank in open_pipes.values()
-                }
+                failures |= dict.fromkeys(open_pipes.values(), f"not done after {time_limit:.0f} s")
                 break
             for pipe in ready:
                 rank = open_pipes.pop(pipe)

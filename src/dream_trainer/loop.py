@@ -1,6 +1,6 @@
 """FitLoop: a batch's walk, top to bottom.
 
-::
+Each level of the drawing is a method:
 
     run             while the run is not done
       train_epoch     for batch in train loader
@@ -56,7 +56,7 @@ class FitLoop:
         self._last_time = 0.0
 
     def run(self) -> None:
-        """Train until a limit is reached or :meth:`BaseTrainer.stop` was called."""
+        """Train until a limit is reached or `stop` was called."""
         self._last_time = self._clock()
         while not self.is_done:
             self.train_epoch()

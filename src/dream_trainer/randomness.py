@@ -53,7 +53,7 @@ def raw_state() -> RawState:
 
 
 def set_raw_state(state: RawState) -> None:
-    """The inverse of :func:`raw_state`."""
+    """The inverse of `raw_state`."""
     random.setstate(state[0])
     np.random.set_state(state[1])
     torch.set_rng_state(state[2])
@@ -71,7 +71,7 @@ def encode_state(state: RawState) -> dict[str, Any]:
 
 
 def decode_state(state: Mapping[str, Any]) -> RawState:
-    """The inverse of :func:`encode_state`."""
+    """The inverse of `encode_state`."""
     version, words, gauss = state["python"]
     name, keys, *rest = state["numpy"]
     return (
@@ -102,7 +102,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """The inverse of :func:`rng_state`. Accelerators that are not here are passed over."""
+    """The inverse of `rng_state`. Accelerators that are not here are passed over."""
     set_raw_state(decode_state(state))
     if "cuda" in state and torch.cuda.is_available():
         for index, device_state in enumerate(state["cuda"][: torch.cuda.device_count()]):

@@ -1,9 +1,9 @@
 """A training run that kills itself with SIGKILL at a chosen moment.
 
-    python killable_run.py ROOT EXPERIMENT [NUM_WORKERS] [MOMENT]
+    python killable_run.py ROOT EXPERIMENT NUM_WORKERS MOMENT
 
 ``MOMENT`` is ``NAME:N`` or ``NAME:N:RANK``: the N-th time that a hook, or one of the moments
-inside a save in ``INSIDE``, is reached. At its end the run writes a hash of its weights and
+inside a save in ``INSIDE``, is reached; empty for a run that is left alone. At its end the run writes a hash of its weights and
 optimizer state beside its directory.
 """
 
@@ -109,5 +109,5 @@ def run(root: str | Path, experiment: str, num_workers: int = 0, moment: str = "
 
 
 if __name__ == "__main__":
-    root, experiment, num_workers, moment = (sys.argv[1:] + ["0", ""])[:4]
+    root, experiment, num_workers, moment = sys.argv[1:]
     run(root, experiment, int(num_workers), moment)

@@ -16,6 +16,7 @@ import pytest
 from support import free_port, rank_environment, run_ranks
 
 from dream_trainer.checkpointing import CheckpointStore
+from dream_trainer.storage import Manifest
 
 pytestmark = pytest.mark.faults
 
@@ -31,12 +32,11 @@ def outcome(root: Path, experiment: str) -> tuple[str, bytes]:
     return (root / f"{experiment}.digest").read_text(), (directory / "metrics.jsonl").read_bytes()
 
 
-def assert_only_whole_checkpoints(root: Path, experiment: str) -> None:
+def assert_only_whole_checkpoints(root: Path, experiment: str) -> CheckpointStore:
     store = CheckpointStore(root / "default" / "default" / experiment / "checkpoints")
-    assert len(store.paths()) >= 1
     for path in store.paths():
-        (manifest,) = [s.manifest for s in store.list() if s.path == path]
-        manifest.verify(path)
+        Manifest.read(path).verify(path)
+    return store
 
 
 def in_fork(function: Callable[..., Any], *arguments: Any) -> int:
@@ -84,19 +84,21 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, bytes]:
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_at(moment: str, tmp_path: Path, straight: tuple[str, bytes]) -> None:
     assert in_fork(killable_run.run, tmp_path, "killed", 0, moment) == KILLED
-    if (tmp_path / "default" / "default" / "killed" / "checkpoints").exists():
-        killable = CheckpointStore(tmp_path / "default" / "default" / "killed" / "checkpoints")
-        for one in killable.list():
-            one.manifest.verify(one.path)
+    assert_only_whole_checkpoints(tmp_path, "killed")
     assert in_fork(killable_run.run, tmp_path, "killed") == 0
     assert outcome(tmp_path, "killed") == straight
-    assert_only_whole_checkpoints(tmp_path, "killed")
-    leftovers = tmp_path / "default" / "default" / "killed" / "checkpoints"
-    assert [path.name for path in leftovers.iterdir() if path.name.startswith(".")] == []
+    store = assert_only_whole_checkpoints(tmp_path, "killed")
+    assert [path.name for path in store.directory.glob(".*")] == []
 
 
 def test_killed_again_and_again(tmp_path: Path, straight: tuple[str, bytes]) -> None:
-    moments = ["post_train_step:3", "after-files:2", "on_boundary:2", "after-cut:1", "after-rename:1"]
+    moments = [
+        "post_train_step:3",
+        "after-files:2",
+        "on_boundary:2",
+        "after-cut:1",
+        "after-rename:1",
+    ]
     for moment in moments:
         assert in_fork(killable_run.run, tmp_path, "killed", 0, moment) == KILLED
     assert in_fork(killable_run.run, tmp_path, "killed") == 0
@@ -138,18 +140,13 @@ def _session(pid: int) -> int | None:
         return None
 
 
-@pytest.mark.parametrize(
-    ("num_workers", "moment"), [(0, "after-files:3"), (2, "post_optimizer_step:5")]
-)
-def test_a_killed_process_that_is_started_again(
-    num_workers: int,
-    moment: str,
+def test_a_killed_process_with_workers_that_is_started_again(
     tmp_path: Path,
     straight: tuple[str, bytes],
     start: Callable[..., subprocess.Popen[bytes]],
 ) -> None:
-    assert start(tmp_path, "killed", num_workers, moment).wait(SECONDS) == KILLED
-    assert start(tmp_path, "killed", num_workers).wait(SECONDS) == 0
+    assert start(tmp_path, "killed", 2, "after-files:4").wait(SECONDS) == KILLED
+    assert start(tmp_path, "killed", 2, "").wait(SECONDS) == 0
     assert outcome(tmp_path, "killed") == straight
 
 
@@ -157,26 +154,27 @@ def test_a_killed_process_that_is_started_again(
 def test_a_killed_rank_takes_the_others_with_it_and_all_are_started_again(
     tmp_path: Path, start: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
-    run_ranks(2, lambda: killable_run.run(tmp_path, "straight") and None)
+    def rank(name: str) -> None:
+        killable_run.run(tmp_path, name)
 
-    def both(moment: str) -> list[int]:
-        port = free_port()
-        processes = [
-            start(tmp_path, "killed", 0, moment, **rank_environment(rank, 2, port))
-            for rank in range(2)
-        ]
-        return [process.wait(SECONDS) for process in processes]
-
-    first, second = both("after-files:3:0")
+    port = free_port()
+    processes = [
+        start(tmp_path, "killed", 0, "after-files:3:0", **rank_environment(rank, 2, port))
+        for rank in range(2)
+    ]
+    first, second = [process.wait(SECONDS) for process in processes]
     assert first == KILLED
     assert second not in (0, KILLED)  # it failed by itself, nobody had to kill it
-    assert both("") == [0, 0]
+    run_ranks(2, rank, "killed")
+    run_ranks(2, rank, "straight")
     assert outcome(tmp_path, "killed") == outcome(tmp_path, "straight")
     assert_only_whole_checkpoints(tmp_path, "killed")
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("moment", ["post_optimizer_step:4:1", "after-files:2:1", "on_boundary:3:0"])
+@pytest.mark.parametrize(
+    "moment", ["post_optimizer_step:4:1", "after-files:2:1", "on_boundary:3:0"]
+)
 def test_one_rank_of_two_is_killed_at(moment: str, tmp_path: Path) -> None:
     def rank(name: str, at: str) -> None:
         killable_run.run(tmp_path, name, 0, at)

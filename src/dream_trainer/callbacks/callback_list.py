@@ -11,7 +11,7 @@ from dream_trainer.errors import ConfigError
 
 
 class CallbackList(Callback):
-    """Callbacks by name, called in order. Has every hook of :class:`Callback` itself.
+    """Callbacks by name, called in order. Has every hook of `Callback` itself.
 
     Which callback overrides which hook is found out once, here: calling a hook that nobody
     overrides is one empty function.

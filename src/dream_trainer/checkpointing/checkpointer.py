@@ -127,7 +127,7 @@ class Checkpointer:
 
         Args:
             resume: ``"auto"``, ``"never"``, ``"must"`` or a path, as in
-                :class:`~dream_trainer.configs.CheckpointParameters`.
+                `CheckpointParameters`.
             like: templates for tensors that are to come back sharded.
 
         Returns:
@@ -211,7 +211,7 @@ def split_local(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
 
 
 def join_local(shared: dict[str, Any], local: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of :func:`split_local`."""
+    """The inverse of `split_local`."""
     for path in LOCAL:
         if (name := ".".join(path)) in local:
             parent = shared if len(path) == 1 else shared.setdefault(path[0], {})

@@ -54,7 +54,7 @@ class CheckpointStore:
         return stored
 
     def newest(self) -> StoredCheckpoint | None:
-        """The last one of :meth:`list`."""
+        """The last one of `list`."""
         return next(reversed(self.list()), None)
 
     def best(self, mode: str, monitor: str | None = None) -> StoredCheckpoint | None:

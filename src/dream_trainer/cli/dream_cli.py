@@ -18,13 +18,13 @@ class DreamCLI:
     """Reads a command line, makes the configuration and the trainer, and runs a subcommand.
 
     The dataclass that annotates ``config`` on the trainer class is the interface: every field
-    is an option. In a script::
+    is an option. In a script:
 
         if __name__ == "__main__":
             DreamCLI(MyTrainer)
 
     Args:
-        trainer_class: an :class:`~dream_trainer.AbstractTrainer`.
+        trainer_class: an `AbstractTrainer`.
         args: the words after the program's name; ``sys.argv`` without them.
         run: whether to run the subcommand. If False, it is only parsed and the trainer is made.
         prog: how the program is called in help and messages, ``{}`` for the subcommand.

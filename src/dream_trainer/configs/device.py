@@ -31,7 +31,7 @@ class DeviceParameters:
     The three sizes multiply to the world size; at most one is ``"auto"`` and takes what is
     left. They choose the strategy: all 1 on one process is a single device, only
     ``dp_replicate`` is DDP, anything sharded or tensor parallel is
-    :class:`~dream_trainer.world.MeshStrategy`.
+    `MeshStrategy`.
 
     Raises:
         ConfigError: with all problems of the values at once.

@@ -28,15 +28,15 @@ from dream_trainer.randomness import (
 
 
 class ResumableLoader:
-    r"""Wrap what a user has, so that iteration can be stopped and continued exactly.
+    """Wrap what a user has, so that iteration can be stopped and continued exactly.
 
-    *Map-style* ``DataLoader``\ s (any sampler, batch sampler, workers, collation) are read in
+    *Map-style* ``DataLoader`` objects (any sampler, batch sampler, workers, collation) are read in
     an order that is a pure function of (seed, epoch); the position is the number of samples
     handed out over all ranks, so a change of ranks or batch size keeps it. Every sample is used
     once: the last batch is divided as evenly as possible. Draws of ``random``, ``numpy`` and
     ``torch`` inside ``__getitem__`` depend on (seed, epoch, sample index) only.
 
-    *Loaders with* ``state_dict`` are asked for it. *Other iterables*, ``IterableDataset``\ s
+    *Loaders with* ``state_dict`` are asked for it. *Other iterables*, ``IterableDataset`` objects
     among them, are this rank's own data; they continue by skipping what was used, and draw from
     a random stream of their own so that skipping repeats the same draws.
 

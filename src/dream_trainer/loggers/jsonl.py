@@ -14,7 +14,7 @@ from typing import BinaryIO
 class JsonlLog:
     """Appends rows to a file whose length is part of a run's state.
 
-    A checkpoint stores :attr:`size`; a resumed run cuts the file to it before it writes, so
+    A checkpoint stores `size`; a resumed run cuts the file to it before it writes, so
     rows that the killed run wrote after its last checkpoint do not appear twice.
 
     Args:

@@ -106,7 +106,7 @@ def read_tree(directory: Path, like: Like | None = None, *, rank: int = 0) -> tu
             raise CheckpointError(
                 str(directory),
                 ["it was not written by dream_trainer"],
-                "Use its weights through checkpoint_parameters.init_from.",
+                "Give the path of a checkpoint directory that a run or DreamWorld.save wrote.",
             )
         shared = _read(reader, metadata, "", like)
         prefix = f"__rank_{rank}__"

@@ -32,7 +32,7 @@ def save_directory(
         local: state of this rank alone.
         rank: this rank.
         world_size: how many ranks write.
-        **facts: fields of the :class:`Manifest`: step, epoch, monitor, monitored.
+        **facts: fields of the `Manifest`: step, epoch, monitor, monitored.
 
     Raises:
         CheckpointError: some rank failed; raised on every rank, and nothing is left behind.

@@ -78,7 +78,7 @@ def split(tree: Tree) -> tuple[Tree, dict[TreePath, Tensor]]:
 
 
 def merge(skeleton: Tree, tensors: Mapping[TreePath, Tensor]) -> Tree:
-    """The inverse of :func:`split`."""
+    """The inverse of `split`."""
     if not tensors:
         return skeleton
 

@@ -61,7 +61,7 @@ class AbstractTrainerConfig:
 class AbstractTrainer(ABC):
     """What all trainers have: named components, state, a world to run in.
 
-    Subclass :class:`BaseTrainer` for the loop, :class:`DreamTrainer` for the conventions, or this
+    Subclass `BaseTrainer` for the loop, `DreamTrainer` for the conventions, or this
     class to write everything yourself.
 
     Args:
@@ -118,7 +118,7 @@ class AbstractTrainer(ABC):
 
     @abstractmethod
     def setup(self) -> None:
-        """Place what :meth:`configure` made on ``self.world.device``."""
+        """Place what `configure` made on ``self.world.device``."""
 
     @abstractmethod
     def named_models(self) -> Mapping[str, nn.Module]:
@@ -152,7 +152,7 @@ class AbstractTrainer(ABC):
 
     @abstractmethod
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from what :meth:`state_dict` gave."""
+        """Continue from what `state_dict` gave."""
 
     @abstractmethod
     def fit(self) -> None:
@@ -164,7 +164,7 @@ class AbstractTrainer(ABC):
         """The name of a model, given as made or as wrapped by Fabric.
 
         Raises:
-            UnknownComponentError: it is none of :meth:`named_models`.
+            UnknownComponentError: it is none of `named_models`.
         """
         return _name_of(model, self.named_models(), "model")
 
@@ -172,7 +172,7 @@ class AbstractTrainer(ABC):
         """The name of an optimizer, given as made or as wrapped by Fabric.
 
         Raises:
-            UnknownComponentError: it is none of :meth:`named_optimizers`.
+            UnknownComponentError: it is none of `named_optimizers`.
         """
         return _name_of(optimizer, self.named_optimizers(), "optimizer")
 
@@ -180,7 +180,7 @@ class AbstractTrainer(ABC):
         """The name of a scheduler.
 
         Raises:
-            UnknownComponentError: it is none of :meth:`named_schedulers`.
+            UnknownComponentError: it is none of `named_schedulers`.
         """
         return _name_of(scheduler, self.named_schedulers() or {}, "scheduler")
 
@@ -188,7 +188,7 @@ class AbstractTrainer(ABC):
         """The scheduler that drives an optimizer, given as made or as wrapped; None without one.
 
         Raises:
-            UnknownComponentError: the optimizer is none of :meth:`named_optimizers`.
+            UnknownComponentError: the optimizer is none of `named_optimizers`.
         """
         self.get_name_by_optimizer(optimizer)
         for scheduler in (self.named_schedulers() or {}).values():

@@ -73,7 +73,7 @@ class BaseTrainer(AbstractTrainer):
 
     A subclass makes its components (``configure``, ``setup``, ``named_models``,
     ``named_optimizers``, ``named_schedulers``, ``train_dataloader``, ``val_dataloader``) and
-    writes ``training_step`` and ``validation_step``. :class:`DreamTrainer` has conventions for
+    writes ``training_step`` and ``validation_step``. `DreamTrainer` has conventions for
     the first part.
 
     Args:
@@ -85,9 +85,9 @@ class BaseTrainer(AbstractTrainer):
         loggers: loggers beside the JSONL log, by name.
         metrics: torchmetrics by phase.
         logged: values logged since the last step.
-        is_fitting: whether :meth:`fit` is under way.
+        is_fitting: whether `fit` is under way.
         is_resumed: whether the run continues from a checkpoint.
-        stop_reason: what :meth:`stop` was told; None while the run may go on.
+        stop_reason: what `stop` was told; None while the run may go on.
         describe_config: gives the text of ``config.yaml`` for the configuration of the run.
     """
 
@@ -123,7 +123,7 @@ class BaseTrainer(AbstractTrainer):
 
     @abstractmethod
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        """One batch: forward, :meth:`backward`, :meth:`step`.
+        """One batch: forward, `backward`, `step`.
 
         Args:
             batch: what the train loader gave, on the device.
@@ -142,7 +142,7 @@ class BaseTrainer(AbstractTrainer):
         """
 
     def test_step(self, batch: Any, batch_idx: int) -> Any:
-        """One test batch; the default is :meth:`validation_step`."""
+        """One test batch; the default is `validation_step`."""
         return self.validation_step(batch, batch_idx)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
@@ -179,7 +179,7 @@ class BaseTrainer(AbstractTrainer):
         self._say_end()
 
     def validate(self) -> dict[str, float]:
-        """Validate once, on the state that :meth:`fit` would continue from.
+        """Validate once, on the state that `fit` would continue from.
 
         Returns:
             The results, the same on every rank.
@@ -229,7 +229,7 @@ class BaseTrainer(AbstractTrainer):
         Does nothing while gradients accumulate, so it can be called after every backward.
 
         Args:
-            optimizer: one of :meth:`named_optimizers`; may be left out if there is only one.
+            optimizer: one of `named_optimizers`; may be left out if there is only one.
 
         Returns:
             The norm of the gradients before clipping, as a tensor without dimensions on the
@@ -381,7 +381,7 @@ class BaseTrainer(AbstractTrainer):
         return gather_state(self)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
-        """Continue from what :meth:`state_dict` gave, under any strategy. It is not changed.
+        """Continue from what `state_dict` gave, under any strategy. It is not changed.
 
         Args:
             state_dict: nested plain data and tensors, sharded or not.
@@ -397,7 +397,7 @@ class BaseTrainer(AbstractTrainer):
         self._rng_state = rng_state()
 
     def checked_state_dict(self) -> dict[str, Any]:
-        """:meth:`state_dict`, if it may be saved as good.
+        """`state_dict`, if it may be saved as good.
 
         Raises:
             NonFiniteError: on every rank, if something on any rank is not finite.

@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class DreamTrainerConfig(BaseTrainerConfig):
-    """The configuration of a :class:`DreamTrainer`. Subclass it and add the model's own."""
+    """The configuration of a `DreamTrainer`. Subclass it and add the model's own."""
 
 
 class DreamTrainer(BaseTrainer):
     """A trainer that finds what the ``configure_*`` methods make.
 
-    For one model and one optimizer::
+    For one model and one optimizer:
 
         class Classifier(DreamTrainer):
             def configure_models(self):
@@ -53,7 +53,7 @@ class DreamTrainer(BaseTrainer):
                 return F.cross_entropy(self.model(x), y)
 
     After setup the attributes made by ``configure_models`` hold the wrapped modules, so that
-    calling them runs DDP, sharding and precision; :meth:`named_models` gives the modules as they
+    calling them runs DDP, sharding and precision; `named_models` gives the modules as they
     were made.
     """
 
@@ -94,7 +94,7 @@ class DreamTrainer(BaseTrainer):
         return None
 
     def configure_schedulers(self) -> Any:
-        """Make learning-rate schedulers on :meth:`named_optimizers`; they step with them.
+        """Make learning-rate schedulers on `named_optimizers`; they step with them.
 
         Returns:
             One scheduler, a list of them, or a mapping with schedulers as values.
@@ -123,7 +123,7 @@ class DreamTrainer(BaseTrainer):
     # ------------------------------------------------------------------ steps
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        """:meth:`compute_loss`, backward, step."""
+        """`compute_loss`, backward, step."""
         result = self.compute_loss(batch, batch_idx)
         values = dict(result) if isinstance(result, Mapping) else {"loss": result}
         self.backward(values["loss"], values.pop("weight", None))
@@ -131,7 +131,7 @@ class DreamTrainer(BaseTrainer):
         return values if norm is None else {**values, "grad_norm": norm}
 
     def validation_step(self, batch: Any, batch_idx: int) -> Any:
-        """:meth:`compute_loss`."""
+        """`compute_loss`."""
         result = self.compute_loss(batch, batch_idx)
         if not isinstance(result, Mapping):
             return {"loss": result}

@@ -81,7 +81,7 @@ class MetricPhases:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what :meth:`state_dict` gave; metrics it does not know stay as they are."""
+        """Put back what `state_dict` gave; metrics it does not know stay as they are."""
         for path, metric in _flat(self._copies("train")):
             if path not in state:
                 continue

@@ -20,7 +20,7 @@ _KNOWN = {*_PARTS, "models", "optimizers", "schedulers"}
 
 
 def gather_state(trainer: BaseTrainer) -> dict[str, Any]:
-    """See :meth:`BaseTrainer.state_dict`."""
+    """See `state_dict`."""
     if trainer.progress.num_batches_in_window:
         raise RuntimeError(
             "the state cannot be taken inside an accumulation window: its gradients would be "
@@ -46,7 +46,7 @@ def gather_state(trainer: BaseTrainer) -> dict[str, Any]:
 
 
 def apply_state(trainer: BaseTrainer, state: Mapping[str, Any], strict: bool) -> None:
-    """See :meth:`BaseTrainer.load_state_dict`."""
+    """See `load_state_dict`."""
     problems = trainer.components.problems(state)
     problems += [f"{part}: missing in the state" for part in _PARTS if part not in state]
     problems += [f"{part}: in the state only" for part in state if part not in _KNOWN]

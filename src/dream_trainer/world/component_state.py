@@ -64,7 +64,7 @@ def rank_buffers(models: Mapping[str, nn.Module]) -> dict[str, dict[str, Tensor]
 def load_rank_buffers(
     models: Mapping[str, nn.Module], state: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
-    """The inverse of :func:`rank_buffers`; what does not fit is passed over."""
+    """The inverse of `rank_buffers`; what does not fit is passed over."""
     for model_name in models.keys() & state.keys():
         load_module_state(models[model_name], state[model_name])
 

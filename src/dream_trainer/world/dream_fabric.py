@@ -23,7 +23,7 @@ from dream_trainer.world.gradient_sync import no_gradient_sync
 
 
 class DreamFabric(Fabric):
-    """A drop-in for :class:`lightning.fabric.Fabric`: same constructor, same methods.
+    """A drop-in for `Fabric`: same constructor, same methods.
 
     ``save`` leaves either the whole new checkpoint or the old one. ``no_backward_sync`` leaves
     gradient synchronisation as it found it. ``clip_gradients`` returns a plain tensor under

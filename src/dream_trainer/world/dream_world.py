@@ -40,7 +40,7 @@ _OVERRIDES = ("LT_ACCELERATOR", "LT_STRATEGY", "LT_DEVICES", "LT_NUM_NODES", "LT
 class DreamWorld:
     """Ranks, device, precision and collectives of a run.
 
-    Builds a :class:`DreamFabric` from device parameters, or works with a ``Fabric`` given by
+    Builds a `DreamFabric` from device parameters, or works with a ``Fabric`` given by
     the user, under any strategy; what is launched already is not launched again.
 
     Args:
@@ -127,7 +127,7 @@ class DreamWorld:
         """The named device mesh, if the strategy has one."""
         if not isinstance(self.strategy, ModelParallelStrategy):
             return None
-        self._require_known("mesh")
+        self._require_launched("mesh")
         return self.strategy.device_mesh
 
     @property
@@ -174,7 +174,7 @@ class DreamWorld:
             self.print(f"the environment overrides the device settings: {', '.join(overrides)}")
 
     def close(self) -> None:
-        """Leave the process group, if :meth:`launch` joined it."""
+        """Leave the process group, if `launch` joined it."""
         if self._opened_group and _has_group():
             dist.destroy_process_group()
         self._opened_group = False
@@ -223,7 +223,7 @@ class DreamWorld:
     def setup_dataloader(self, loader: Any) -> Any:
         """Fabric's own set-up of a torch ``DataLoader``; it keeps no position.
 
-        :class:`~dream_trainer.data.ResumableLoader` is what the trainers use.
+        `ResumableLoader` is what the trainers use.
         """
         return self._fabric.setup_dataloaders(loader)
 
@@ -338,7 +338,7 @@ class DreamWorld:
         return dict(self.strategy.precision.state_dict())
 
     def load_precision_state(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`precision_state`."""
+        """The inverse of `precision_state`."""
         if state:
             self.strategy.precision.load_state_dict(dict(state))
 
@@ -355,7 +355,7 @@ class DreamWorld:
         """Read a checkpoint directory as plain data and tensors; nothing is applied.
 
         Args:
-            path: what :meth:`save` wrote.
+            path: what `save` wrote.
             state: a tree whose tensors say which ones come back sharded, and how.
 
         Raises:
@@ -374,8 +374,10 @@ class DreamWorld:
     # ------------------------------------------------------------------ inside
 
     def _data_parallel(self) -> tuple[int, int]:
-        self._require_known("dp_size")
         strategy = self.strategy
+        if isinstance(strategy, ModelParallelStrategy):
+            # How ranks are laid out is known with the mesh, not with the environment.
+            self._require_launched("dp_size")
         if isinstance(strategy, MeshStrategy):
             return strategy.dp_size, strategy.dp_rank
         if isinstance(strategy, ModelParallelStrategy):
@@ -389,9 +391,13 @@ class DreamWorld:
         environment = getattr(self.strategy, "cluster_environment", None)
         if environment is None or isinstance(environment, LightningEnvironment):
             # Fabric would answer 0 of 1 here, on every rank.
+            self._require_launched(what)
+
+    def _require_launched(self, what: str) -> None:
+        if not self.is_launched:
             raise RuntimeError(
                 f"world.{what} is not known before the processes are started. "
-                "Call world.launch() first, or start the script with torchrun."
+                "Call world.launch() first."
             )
 
 

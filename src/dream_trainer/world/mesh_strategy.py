@@ -37,7 +37,7 @@ Parallelize = Callable[[nn.Module, "MeshStrategy"], nn.Module]
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:
-    r"""The repeated blocks of a model: the children of its largest ``ModuleList``\\ s.
+    """The repeated blocks of a model: the children of its largest ``ModuleList`` objects.
 
     Largest by parameters; lists of the same size count alike. Empty if there is no list.
     """
@@ -68,7 +68,7 @@ class MeshStrategy(ModelParallelStrategy):
 
     The mesh has the dimensions ``dp_replicate``, ``dp_shard`` and ``tp``, those above 1 only.
     Mixed precision is FSDP2's policy (parameters in half, reductions in float32), not autocast.
-    Runs on CUDA and, over gloo, on CPU ranks. Use it through ``DeviceParameters``, or alone::
+    Runs on CUDA and, over gloo, on CPU ranks. Use it through ``DeviceParameters``, or alone:
 
         fabric = Fabric(devices=2, strategy=MeshStrategy(dp_shard=2))
 
