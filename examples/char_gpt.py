@@ -35,7 +35,7 @@ class CharGPTConfig(DreamTrainerConfig):
     experiment: str | None = "small"
     training_parameters: TrainingParameters = field(
         default_factory=lambda: TrainingParameters(
-            max_steps=300,
+            max_steps=500,
             gradient_accumulation_steps=2,
             gradient_clip_val=1.0,
             val_every_n_epochs=None,
@@ -54,9 +54,9 @@ class CharGPTConfig(DreamTrainerConfig):
     """Transformer blocks."""
     n_heads: int = 4
     """Attention heads per block."""
-    batch_size: int = 16
+    batch_size: int = 8
     """Pieces of text per batch on one rank."""
-    lr: float = 2e-3
+    lr: float = 4e-3
     """Highest learning rate."""
     sample_length: int = 300
     """Characters to generate at the end."""

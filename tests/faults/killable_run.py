@@ -3,8 +3,8 @@
     python killable_run.py ROOT EXPERIMENT NUM_WORKERS MOMENT
 
 ``MOMENT`` is ``NAME:N`` or ``NAME:N:RANK``: the N-th time that a hook, or one of the moments
-inside a save in ``INSIDE``, is reached; empty for a run that is left alone. At its end the run writes a hash of its weights and
-optimizer state beside its directory.
+inside a save in ``INSIDE``, is reached; empty for a run that is left alone. At its end the run
+writes a hash of its weights and optimizer state beside its directory.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def killer(number: int, rank: int) -> Callable[[], None]:
 
 def arm(moment: str) -> dict[str, Callback]:
     """Callbacks to give to the run; moments inside a save are wrapped in place."""
-    name, number, rank = (moment.split(":") + ["0"])[:3]
+    name, number, rank = [*moment.split(":"), "0"][:3]
     strike = killer(int(number), int(rank))
     if name in HOOKS:
         return {"kills": type("Kills", (Callback,), {name: lambda *_: strike()})()}

@@ -133,7 +133,7 @@ def test_modules_hidden_in_a_plain_container_are_refused(tmp_path: Path, hide: A
             super().configure_models()
             self.parts = hide(nn.Linear(1, 1))
 
-    with pytest.raises(ConfigError, match="self.parts is a .* of modules, which would not be"):
+    with pytest.raises(ConfigError, match=r"self.parts is a .* of modules, which would not be"):
         prepared(tmp_path, Hidden)
 
 

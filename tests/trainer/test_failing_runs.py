@@ -17,7 +17,7 @@ from dream_trainer.callbacks import Callback
 from dream_trainer.errors import ConfigError, NonFiniteError
 
 
-class Boom(Exception):
+class BoomError(Exception):
     pass
 
 
@@ -51,7 +51,7 @@ def raising_at(place: str, error: BaseException, at: int = 1) -> type[TinyTraine
 
 
 @pytest.mark.parametrize("place", ["training_step", "validation_step"])
-@pytest.mark.parametrize("kind", [StopIteration, Boom, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("kind", [StopIteration, BoomError, KeyboardInterrupt, SystemExit])
 def test_an_exception_in_user_code_arrives_as_it_was_raised(
     tmp_path: Path, place: str, kind: type[BaseException]
 ) -> None:
@@ -125,7 +125,7 @@ def test_stop_iteration_inside_a_generator_of_batches_is_an_error(tmp_path: Path
 
 @pytest.mark.parametrize("hook", ["pre_configure", "post_setup", "pre_fit", "post_fit"])
 def test_an_exception_in_a_callback_arrives_too(tmp_path: Path, hook: str) -> None:
-    error, recording = Boom(hook), RecordingCallback()
+    error, recording = BoomError(hook), RecordingCallback()
 
     def raises(self: Any, trainer: Any) -> None:
         raise error
@@ -134,7 +134,7 @@ def test_an_exception_in_a_callback_arrives_too(tmp_path: Path, hook: str) -> No
     trainer = tiny(
         tmp_path, callbacks={"recording": recording, "raises": raising}, n_epochs=1, enable=False
     )
-    with pytest.raises(Boom) as caught:
+    with pytest.raises(BoomError) as caught:
         trainer.fit()
     assert caught.value is error
     assert recording.calls[-2:] == ["on_exception", "close"]
@@ -151,12 +151,12 @@ def test_a_second_failure_on_the_way_out_does_not_hide_the_first(tmp_path: Path)
     log = Log()
     trainer = tiny(
         tmp_path,
-        raising_at("training_step", Boom()),
+        raising_at("training_step", BoomError()),
         callbacks={"worse": Worse()},
         loggers={"log": log},
         enable=False,
     )
-    with pytest.warns(UserWarning, match="while closing: OSError: disk"), pytest.raises(Boom):
+    with pytest.warns(UserWarning, match="while closing: OSError: disk"), pytest.raises(BoomError):
         trainer.fit()
     assert log.statuses == ["failed"]
 
@@ -171,7 +171,7 @@ def test_a_failing_rank_leaves_its_process_group_and_the_other_one_fails_too(
         class FailsOnOne(TinyTrainer):
             def training_step(self, batch: Any, batch_idx: int) -> Any:
                 if self.world.rank == 1 and batch_idx == 1:
-                    raise Boom("on rank 1")
+                    raise BoomError("on rank 1")
                 return super().training_step(batch, batch_idx)
 
         trainer = tiny(
@@ -188,9 +188,9 @@ def test_a_failing_rank_leaves_its_process_group_and_the_other_one_fails_too(
         return name, recording.calls[-2:], log.statuses, dist.is_initialized()
 
     first, second = run_ranks(2, rank)
-    assert second == ("Boom", ["on_exception", "close"], [], False)
+    assert second == ("BoomError", ["on_exception", "close"], [], False)
     assert first[1:] == (["on_exception", "close"], ["failed"], False)
-    assert first[0] != "Boom"  # gloo's own error: the peer is gone
+    assert first[0] != "BoomError"  # gloo's own error: the peer is gone
 
 
 # ---------------------------------------------------------------------- not finite
@@ -253,7 +253,7 @@ def test_optimizer_state_that_is_not_finite_is_named_before_a_save(tmp_path: Pat
     trainer.fit()
     (optimizer,) = trainer.named_optimizers().values()
     optimizer.state[trainer.net.get_parameter("0.bias")]["exp_avg"][0] = float("nan")
-    with pytest.raises(NonFiniteError, match="optimizers.net.net.0.bias.exp_avg is not finite"):
+    with pytest.raises(NonFiniteError, match=r"optimizers.net.net.0.bias.exp_avg is not finite"):
         trainer.save_checkpoint(tmp_path / "by-hand")
 
 

@@ -53,6 +53,7 @@ class ResumableLoader:
             *filler*, a repeated sample that keeps this rank in step with the others.
         num_samples_all_ranks: samples of the last batch over all ranks; None if unknown.
         is_last: whether the last batch ends its epoch; None if that is not known yet.
+        looks_ahead: whether iterables are read one batch ahead, so that ``is_last`` is known.
     """
 
     def __init__(self, loader: Any, *, seed: int | None = None, seed_samples: bool = True) -> None:
@@ -67,7 +68,7 @@ class ResumableLoader:
         self.is_last: bool | None = None
         self._seed, self._seed_samples = seed, seed_samples
         self._rank, self._size = 0, 1
-        self._looks_ahead = False
+        self.looks_ahead = False
         self._any_rank: Callable[[bool], bool] = bool
         self._position = 0  # samples over all ranks if map-style, else batches of this rank
         self._is_map_style = isinstance(loader, DataLoader) and not (
@@ -104,7 +105,7 @@ class ResumableLoader:
         """
         self._seed = seed if self._seed is None else self._seed
         self._rank, self._size = rank, size
-        self._looks_ahead, self._any_rank = looks_ahead, any_rank
+        self.looks_ahead, self._any_rank = looks_ahead, any_rank
         self._plan = self._torch_loader = None
         return self
 
@@ -273,7 +274,7 @@ class ResumableLoader:
 
     def _iterable(self) -> Iterator[Any]:
         iterator = self._open_iterator()
-        peeks = self._looks_ahead and not self._is_sequence
+        peeks = self.looks_ahead and not self._is_sequence
         nothing = object()
 
         def fetch() -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import secrets
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,14 +35,14 @@ from dream_trainer.loop import FitLoop
 from dream_trainer.metrics import LoggedValues, Value
 from dream_trainer.randomness import rng_state, seed_everything, set_rng_state
 from dream_trainer.trainer.abstract import AbstractTrainer, AbstractTrainerConfig
-from dream_trainer.trainer.components import Components
+from dream_trainer.trainer.components import Components, find_module, steppable_schedulers
 from dream_trainer.trainer.loaders import adopt_loader, count_training_steps
 from dream_trainer.trainer.metric_phases import MetricPhases
 from dream_trainer.trainer.restore import open_run_directory, restore
 from dream_trainer.trainer.run_directory import (
     config_yaml,
     fresh_experiment_name,
-    recorded_seed,
+    recorded_or_new_seed,
 )
 from dream_trainer.trainer.running import running
 from dream_trainer.trainer.state import apply_state, check_finite, gather_state, seed_rank
@@ -352,21 +351,7 @@ class BaseTrainer(AbstractTrainer):
         Raises:
             UnknownComponentError: there is none; the message names what exists.
         """
-        name, _, path = fqn.partition(".")
-        models = self.named_models()
-        if name not in models:
-            raise UnknownComponentError(
-                f"no model {name!r} in {fqn!r}; there is: {', '.join(models) or 'none'}"
-            )
-        module, walked = models[name], name
-        for part in path.split(".") if path else ():
-            children = dict(module.named_children())
-            if part not in children:
-                raise UnknownComponentError(
-                    f"no module {part!r} in {walked}; there is: {', '.join(children) or 'none'}"
-                )
-            module, walked = children[part], f"{walked}.{part}"
-        return module
+        return find_module(self.named_models(), fqn)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next step depends on: nested plain data and tensors.
@@ -420,7 +405,7 @@ class BaseTrainer(AbstractTrainer):
         # Drawn or named on rank 0: on its own each rank would come up with another.
         config.experiment = config.experiment or fresh_experiment_name()
         if config.seed is None:
-            config.seed = self._seed_to_continue_with()
+            config.seed = recorded_or_new_seed(self.run_directory, self.checkpoint_parameters)
         config.seed, config.experiment = self.world.broadcast((config.seed, config.experiment))
         seed_everything(self.seed)
         callbacks.pre_configure(self)
@@ -438,54 +423,23 @@ class BaseTrainer(AbstractTrainer):
         assert self.config.seed is not None, "the run has no seed before it is launched"
         return self.config.seed
 
-    def _seed_to_continue_with(self) -> int:
-        """What the run drew that this one continues, or a new one."""
-        parameters, directory = self.checkpoint_parameters, self.run_directory
-        if parameters.resume not in ("auto", "must", "never"):
-            directory = Path(parameters.resume).absolute().parents[1]
-        elif not parameters.enable or parameters.resume == "never":
-            return secrets.randbits(32)
-        seed = recorded_seed(directory)
-        return secrets.randbits(32) if seed is None else seed
-
     def _bind(self) -> None:
         """Look up once what every step needs."""
         self.components = Components.of(
             self.named_models(), self.named_optimizers(), self.named_schedulers()
         )
         self._optimizers = dict(self.named_optimizers())
-        schedulers = {
-            name: self.get_scheduler_from_optimizer(optimizer)
-            for name, optimizer in self._optimizers.items()
-        }
-        self._scheduler_of = {n: one for n, one in schedulers.items() if one is not None}
-        plateau = [
-            name
-            for name, one in self._scheduler_of.items()
-            if isinstance(one, torch.optim.lr_scheduler.ReduceLROnPlateau)
-        ]
-        if plateau:
-            raise ConfigError(
-                "schedulers",
-                [f"{name} is a ReduceLROnPlateau, which needs a metric" for name in plateau],
-                "Keep it out of named_schedulers and step it in a callback's "
-                "post_validation_epoch.",
-            )
+        self._scheduler_of = steppable_schedulers(self)
         self.checkpointer = Checkpointer(
             self.run_directory / "checkpoints", self.world, self.checkpoint_parameters
         )
+        dp_size, val = self.world.dp_size, self.val_dataloader
         train = self._adopt(self.train_dataloader, "train_dataloader")
-        val = self.val_dataloader
-        size = self.training_parameters.accumulation(train.batch_size, self.world.dp_size)
-        train = self._adopt(train, "train_dataloader", looks_ahead=size > 1)
-        self._window = AccumulationWindow(size, self.world.dp_size, self._sum_over_data_parallel)
-        self.loop = FitLoop(
-            self,
-            train,
-            None if val is None else self._adopt(val, "val_dataloader"),
-            self._window,
-            self.clock,
-        )
+        size = self.training_parameters.accumulation(train.batch_size, dp_size)
+        train.looks_ahead = size > 1  # a window must know its last batch
+        self._window = AccumulationWindow(size, dp_size, self._sum_over_data_parallel)
+        val = None if val is None else self._adopt(val, "val_dataloader")
+        self.loop = FitLoop(self, train, val, self._window, self.clock)
 
     def _restore(self) -> None:
         """Once: continue from a checkpoint, if there is one."""
@@ -493,8 +447,8 @@ class BaseTrainer(AbstractTrainer):
             restore(self)
             self._is_restored = True
 
-    def _adopt(self, loader: Any, name: str, looks_ahead: bool = False) -> ResumableLoader:
-        return adopt_loader(loader, name, self.world, self.seed, looks_ahead)
+    def _adopt(self, loader: Any, name: str) -> ResumableLoader:
+        return adopt_loader(loader, name, self.world, self.seed)
 
     def _set_run_rng(self) -> None:
         """The streams of the first step depend on the seed, or on the checkpoint, alone."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from dream_trainer.errors import ConfigError, UnknownComponentError
 from dream_trainer.storage import Like
 from dream_trainer.world.component_state import (
     load_module_state,
@@ -23,6 +24,9 @@ from dream_trainer.world.component_state import (
     state_template,
 )
 from dream_trainer.world.dream_world import unwrap
+
+if TYPE_CHECKING:
+    from dream_trainer.trainer.abstract import AbstractTrainer
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class Components:
                 continue
             problems += [f"{kind}.{n}: missing in the state" for n in own if n not in saved]
             problems += [f"{kind}.{n}: in the state only" for n in saved if n not in own]
-            for name in own.keys() & saved.keys():
+            for name in (name for name in own if name in saved):
                 found: list[str] = []
                 if kind == "models":
                     found = module_problems(own[name], saved[name])
@@ -89,7 +93,9 @@ class Components:
         """Load what fits; the argument is not changed and not kept."""
         names = parameter_names(self.models)
         for kind, own in self._kinds().items():
-            for name in own.keys() & state.get(kind, {}).keys():
+            # In the order of `own`: a set's order differs by rank, and spreading a tensor is a
+            # collective.
+            for name in (name for name in own if name in state.get(kind, {})):
                 if kind == "models":
                     load_module_state(own[name], state[kind][name])
                 elif kind == "optimizers":
@@ -107,3 +113,46 @@ class Components:
             "optimizers": self.optimizers,
             "schedulers": self.schedulers,
         }
+
+
+def find_module(models: Mapping[str, nn.Module], fqn: str) -> nn.Module:
+    """The module at ``"model.path.to.module"``.
+
+    Raises:
+        UnknownComponentError: there is none; the message names what exists.
+    """
+    name, _, path = fqn.partition(".")
+    if name not in models:
+        raise UnknownComponentError(
+            f"no model {name!r} in {fqn!r}; there is: {', '.join(models) or 'none'}"
+        )
+    module, walked = models[name], name
+    for part in path.split(".") if path else ():
+        children = dict(module.named_children())
+        if part not in children:
+            raise UnknownComponentError(
+                f"no module {part!r} in {walked}; there is: {', '.join(children) or 'none'}"
+            )
+        module, walked = children[part], f"{walked}.{part}"
+    return module
+
+
+def steppable_schedulers(trainer: AbstractTrainer) -> dict[str, LRScheduler]:
+    """Optimizer name -> the scheduler that steps with it.
+
+    Raises:
+        ConfigError: a scheduler needs a metric to step.
+    """
+    pairs = {
+        name: trainer.get_scheduler_from_optimizer(optimizer)
+        for name, optimizer in trainer.named_optimizers().items()
+    }
+    schedulers = {name: one for name, one in pairs.items() if one is not None}
+    plateau = [name for name, one in schedulers.items() if isinstance(one, ReduceLROnPlateau)]
+    if plateau:
+        raise ConfigError(
+            "schedulers",
+            [f"{name} is a ReduceLROnPlateau, which needs a metric" for name in plateau],
+            "Keep it out of named_schedulers and step it in a callback's post_validation_epoch.",
+        )
+    return schedulers

@@ -11,9 +11,7 @@ from dream_trainer.errors import ConfigError
 from dream_trainer.world import DreamWorld
 
 
-def adopt_loader(
-    loader: Any, name: str, world: DreamWorld, seed: int, looks_ahead: bool = False
-) -> ResumableLoader:
+def adopt_loader(loader: Any, name: str, world: DreamWorld, seed: int) -> ResumableLoader:
     """Make a loader resumable and tell it which rank this is. A collective.
 
     Args:
@@ -21,7 +19,6 @@ def adopt_loader(
         name: what the user calls it, for errors.
         world: the ranks.
         seed: fixes order and draws.
-        looks_ahead: read iterables one batch ahead.
 
     Raises:
         ConfigError: ranks disagree on its length, or there is nothing to train on.
@@ -31,7 +28,6 @@ def adopt_loader(
         seed=seed,
         rank=world.dp_rank,
         size=world.dp_size,
-        looks_ahead=looks_ahead,
         any_rank=world.any if world.size > 1 else bool,
     )
     lengths = world.all_gather_object(adopted.num_batches)

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from dream_trainer.configs import CheckpointParameters
 from dream_trainer.configs.yaml_text import dump_yaml, load_yaml
 from dream_trainer.randomness import derive
 from dream_trainer.storage import move_aside, write_text
@@ -62,14 +63,23 @@ def record_config(directory: Path, text: str) -> bool:
     return old is not None
 
 
-def recorded_seed(directory: Path) -> int | None:
-    """The seed in ``config.yaml``; None without a readable one."""
+def recorded_or_new_seed(directory: Path, parameters: CheckpointParameters) -> int:
+    """The seed of the run that ``parameters`` continue, or one drawn afresh.
+
+    Args:
+        directory: the run's own; a path in ``parameters.resume`` leads to another.
+        parameters: whether and from where the run continues.
+    """
+    if parameters.resume == "never" or (parameters.resume == "auto" and not parameters.enable):
+        return secrets.randbits(32)
+    if parameters.resume not in ("auto", "must"):
+        directory = Path(parameters.resume).absolute().parents[1]
     try:
         recorded = load_yaml((directory / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
-        return None
+        recorded = None
     seed = recorded.get("seed") if isinstance(recorded, dict) else None
-    return seed if isinstance(seed, int) else None
+    return seed if isinstance(seed, int) else secrets.randbits(32)
 
 
 def _plain(value: Any) -> Any:

@@ -74,7 +74,7 @@ def module_problems(module: nn.Module, state: Mapping[str, Any]) -> list[str]:
     own = module_state(module)
     problems = [f"{name}: missing in the state" for name in own if name not in state]
     problems += [f"{name}: in the state, not in the model" for name in state if name not in own]
-    for name in own.keys() & state.keys():
+    for name in (name for name in own if name in state):
         if not _fits(state[name], own[name]):
             problems.append(
                 f"{name}: {_described(state[name])} in the state, "
@@ -120,7 +120,7 @@ def optimizer_problems(
             f"param_groups: {len(state['param_groups'])} in the state, "
             f"{len(optimizer.param_groups)} in the optimizer"
         )
-    for name in parameters.keys() & state["state"].keys():
+    for name in (name for name in parameters if name in state["state"]):
         problems += [
             f"{name}.{key}: {_described(value)} in the state, the parameter has "
             f"{_described(parameters[name])}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.precision import MixedPrecision, Precision
 from lightning.fabric.strategies import ModelParallelStrategy
+from lightning.fabric.strategies.strategy import _BackwardSyncControl
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -29,6 +31,7 @@ from dream_trainer.world.component_state import (
     parameter_names,
     state_template,
 )
+from dream_trainer.world.gradient_sync import no_gradient_sync
 
 DP_REPLICATE, DP_SHARD, TP = "dp_replicate", "dp_shard", "tp"
 
@@ -61,6 +64,13 @@ def shard_blocks(module: nn.Module, **fsdp_arguments: Any) -> None:
 def _parallelize(module: nn.Module, strategy: MeshStrategy) -> nn.Module:
     shard_blocks(module, **strategy.fsdp_arguments)
     return module
+
+
+class _GradientSyncControl(_BackwardSyncControl):
+    """Fabric's own one leaves gradient sync off after a block with ``enabled=False``."""
+
+    def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
+        return no_gradient_sync([module]) if enabled else nullcontext()
 
 
 class MeshStrategy(ModelParallelStrategy):
@@ -100,6 +110,7 @@ class MeshStrategy(ModelParallelStrategy):
         )
         self.parallelize = parallelize
         self.cpu_offload = cpu_offload
+        self._backward_sync_control = _GradientSyncControl()
 
     @property
     def precision(self) -> Precision:
