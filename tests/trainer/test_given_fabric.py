@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.fabric import Fabric
+from lightning.fabric.plugins import MixedPrecision
 from support import (
     RecordingCallback,
     TinyTrainer,
@@ -91,3 +93,24 @@ def test_a_ddp_fabric_of_the_users_trains_like_our_own(tmp_path: Path, kind: typ
         return differences(exact_state(own), exact_state(trainer))
 
     assert run_ranks(2, rank) == [[], []]
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+def test_the_loss_scale_is_part_of_the_state_and_resumes_exactly(tmp_path: Path) -> None:
+    def scaled(**options: Any) -> Any:
+        # Fabric itself scales on accelerators only; a scaler for the CPU can be handed in.
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30, growth_interval=3)
+        precision = MixedPrecision("16-mixed", device="cpu", scaler=scaler)
+        fabric = DreamFabric(accelerator="cpu", devices=1, plugins=[precision])
+        config = tiny_config(tmp_path, dropout=0.3, gradient_clip_val=0.5, **options)
+        trainer = TinyTrainer(config, fabric=fabric)
+        trainer.fit()
+        return trainer
+
+    straight = scaled(experiment="straight", max_steps=9)
+    scale = straight.state_dict()["precision"]["scale"]
+    assert 0 < scale < 2.0**30  # too large at first: steps were skipped and the scale lowered
+    scaled(experiment="cut", max_steps=4)
+    resumed = scaled(experiment="cut", max_steps=9)
+    assert resumed.is_resumed
+    assert differences(exact_state(straight), exact_state(resumed)) == []

@@ -47,13 +47,13 @@ def test_asking_before_the_launcher_has_started_the_others_is_an_error(
     name: str, options: dict[str, Any]
 ) -> None:
     world = DreamWorld(cpu(devices=2, **options))
-    with pytest.raises(RuntimeError, match=rf"world\.\w+ is not known .* Call world.launch\(\)"):
+    with pytest.raises(RuntimeError, match=r"world\.\w+ is not known .* Call world.launch\(\)"):
         getattr(world, name)
     assert not world.is_launched
 
 
 def test_a_mesh_is_not_known_before_launch() -> None:
-    with pytest.raises(RuntimeError, match="world.mesh is not known"):
+    with pytest.raises(RuntimeError, match=r"world.mesh is not known"):
         _ = DreamWorld(cpu(devices=2, dp_replicate=1, dp_shard=2)).mesh
 
 
@@ -69,7 +69,7 @@ def test_under_torchrun_the_environment_answers_before_launch(
 
 
 def test_sizes_that_cannot_work_are_refused_when_the_world_is_made() -> None:
-    with pytest.raises(ConfigError, match="dp_replicate=2 .* does not make a world of 1 rank"):
+    with pytest.raises(ConfigError, match=r"dp_replicate=2 .* does not make a world of 1 rank"):
         DreamWorld(cpu(dp_replicate=2))
 
 

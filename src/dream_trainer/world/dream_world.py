@@ -88,6 +88,11 @@ class DreamWorld:
         return str(strategy.precision.precision)
 
     @property
+    def scales_loss(self) -> bool:
+        """Whether losses are scaled (``"16-mixed"``); steps whose gradients overflow are skipped."""
+        return getattr(self.strategy.precision, "scaler", None) is not None
+
+    @property
     def rank(self) -> int:
         """Index of this process among all, from 0."""
         self._require_known("rank")
