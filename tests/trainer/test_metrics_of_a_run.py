@@ -99,7 +99,7 @@ def test_a_logged_loss_is_the_mean_over_the_samples_of_its_window(tmp_path: Path
     trainer.fit()
     points = Points(14)
     made = trainer.named_models()["net"](points.x.float())
-    expected = float((made - points.y.float()).square().mean())
+    expected = (made - points.y.float()).square().mean().item()
     ((step, _, loss),) = rows(trainer, "train/loss")
     assert step == 1
     assert loss == pytest.approx(expected, rel=1e-6)

@@ -43,7 +43,7 @@ class Remembers(Callback):
         self.losses: list[float] = []
 
     def post_train_step(self, trainer: Any, result: Any, batch: Any, batch_idx: int) -> None:
-        self.losses.append(float(result["loss"]))
+        self.losses.append(result["loss"].item())
 
     def state_dict(self) -> dict[str, Any]:
         return {"losses": self.losses}

@@ -89,7 +89,7 @@ class DreamWorld:
 
     @property
     def scales_loss(self) -> bool:
-        """Whether losses are scaled (``"16-mixed"``); steps whose gradients overflow are skipped."""
+        """Whether losses are scaled (``"16-mixed"``), and steps that overflow are skipped."""
         return getattr(self.strategy.precision, "scaler", None) is not None
 
     @property
