@@ -22,7 +22,7 @@ import torch
 
 from dream_trainer.accumulation import AccumulationWindow
 from dream_trainer.data import ResumableLoader
-from dream_trainer.metrics import LoggedValues, merge_ranks, scalars, totals
+from dream_trainer.metrics import LoggedValues, merge_ranks, observation, totals
 from dream_trainer.randomness import derive, rng_state, seed_everything, set_rng_state
 
 if TYPE_CHECKING:
@@ -134,8 +134,7 @@ class FitLoop:
         if is_filler:
             trainer.metrics.enter("train")
             trainer.logged = logged
-        weight = 1.0 if loader.num_samples is None else float(loader.num_samples)
-        trainer.logged.add(scalars(result), weight, prefix="train/")
+        trainer.logged.add(*observation(result, loader.num_samples), prefix="train/")
         is_window_end = self.window.finish_batch()
         progress.finish_batch(is_window_end=is_window_end)
         trainer.callbacks.post_train_step(trainer, result, batch, batch_idx)
@@ -204,16 +203,16 @@ class FitLoop:
             values = trainer.logged
             for batch_idx, batch in enumerate(itertools.islice(batches, limit)):
                 batch = trainer.world.to_device(batch)
-                weight = 1.0 if loader.num_samples is None else float(loader.num_samples)
                 # What a filler measures and logs would count a sample twice.
-                trainer.metrics.enter(phase if weight else "filler")
-                trainer.logged = values if weight else LoggedValues()
+                is_filler = loader.num_samples == 0
+                trainer.metrics.enter("filler" if is_filler else phase)
+                trainer.logged = LoggedValues() if is_filler else values
                 if phase == "val":
                     trainer.callbacks.pre_validation_step(trainer, batch, batch_idx)
                 result = step(batch, batch_idx)
                 if phase == "val":
                     trainer.callbacks.post_validation_step(trainer, result, batch, batch_idx)
-                values.add(scalars(result), weight, prefix=f"{phase}/")
+                values.add(*observation(result, loader.num_samples), prefix=f"{phase}/")
             parts = trainer.world.all_gather_object(totals([values.take()])[0])
             return merge_ranks(parts) | trainer.metrics.compute(phase)
 

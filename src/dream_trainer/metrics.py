@@ -10,7 +10,7 @@ from torch import Tensor
 
 Value = Tensor | float | int
 #: Name -> (value, weight) of each observation.
-Observations = dict[str, list[tuple[Value, float]]]
+Observations = dict[str, list[tuple[Value, Value]]]
 
 
 def scalars(result: Any) -> dict[str, Value]:
@@ -27,20 +27,29 @@ def scalars(result: Any) -> dict[str, Value]:
     }
 
 
+def observation(result: Any, num_samples: int | None) -> tuple[dict[str, Value], Value]:
+    """What a step returned, and how much it counts in means.
+
+    Args:
+        result: of the step. A ``"weight"`` in a mapping says how much the batch counts.
+        num_samples: what it counts otherwise; None counts 1. 0 is a filler, which never counts.
+    """
+    values = scalars(result)
+    weight = values.pop("weight", 1.0 if num_samples is None else float(num_samples))
+    return values, 0.0 if num_samples == 0 else weight
+
+
 class LoggedValues:
     """Observations since they were last taken. Adding costs no host synchronisation."""
 
     def __init__(self) -> None:
         self._observations: Observations = {}
 
-    def add(self, values: Mapping[str, Value], weight: float = 1.0, prefix: str = "") -> None:
+    def add(self, values: Mapping[str, Value], weight: Value = 1.0, prefix: str = "") -> None:
         """Add one observation of each value."""
+        weight = _kept(weight)
         for name, value in values.items():
-            if isinstance(value, Tensor):
-                # Anything but a fresh result may be changed in place before it is read.
-                is_fresh = value.grad_fn is not None and value._base is None
-                value = value.detach() if is_fresh else value.detach().clone()
-            self._observations.setdefault(prefix + name, []).append((value, weight))
+            self._observations.setdefault(prefix + name, []).append((_kept(value), weight))
 
     def take(self) -> Observations:
         """Hand over what was added, and start anew."""
@@ -51,15 +60,23 @@ class LoggedValues:
 def totals(rows: Iterable[Observations]) -> list[dict[str, tuple[float, float]]]:
     """Per row: name -> (weighted sum, sum of weights). One transfer, a host synchronisation."""
     rows = list(rows)
-    values = [value for row in rows for entries in row.values() for value, _ in entries]
-    host = iter(to_host(values))
+    pairs = [pair for row in rows for entries in row.values() for pair in entries]
+    host = iter(to_host([number for pair in pairs for number in pair]))
 
-    def total(entries: list[tuple[Value, float]]) -> tuple[float, float]:
-        pairs = [(next(host), weight) for _, weight in entries]
+    def total(entries: list[tuple[Value, Value]]) -> tuple[float, float]:
+        pairs = [(next(host), next(host)) for _ in entries]
         # What weighs nothing may be NaN, and 0 x NaN is NaN.
         return sum(v * w for v, w in pairs if w), sum(w for _, w in pairs)
 
     return [{name: total(entries) for name, entries in row.items()} for row in rows]
+
+
+def _kept(value: Value) -> Value:
+    if not isinstance(value, Tensor):
+        return value
+    # Anything but a fresh result may be changed in place before it is read.
+    is_fresh = value.grad_fn is not None and value._base is None
+    return value.detach() if is_fresh else value.detach().clone()
 
 
 def to_host(values: list[Value]) -> list[float]:

@@ -195,7 +195,7 @@ def test_a_checkpoint_of_another_program_is_refused_with_the_next_move(tmp_path:
     dcp_save(tmp_path, {"w": torch.ones(1)})
     with pytest.raises(CheckpointError) as caught:
         read_tree(tmp_path / "c")
-    assert str(caught.value).endswith("Use its weights through checkpoint_parameters.init_from.")
+    assert str(caught.value).endswith("that a run or DreamWorld.save wrote.")
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80", b"not a pickle", b"\x80\x04N."])

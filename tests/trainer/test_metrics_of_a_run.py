@@ -123,3 +123,22 @@ def test_a_tensor_changed_after_it_was_logged_is_logged_as_it_was(tmp_path: Path
     trainer = tiny(tmp_path, InPlace, n_epochs=1)
     trainer.fit()
     assert {value for _, _, value in rows(trainer, "value")} == {1.0}
+
+
+def test_a_weight_counts_in_logged_means_and_in_validation(tmp_path: Path) -> None:
+    class Weighted(TinyTrainer):
+        def compute_loss(self, batch: Any, batch_idx: int) -> Any:
+            weight = batch["index"].sum().double() + 1  # a tensor, as a count of tokens is
+            loss = super().compute_loss(batch, batch_idx)
+            return {"loss": loss, "weight": weight, "of_batch": batch["index"].double().mean()}
+
+    trainer = tiny(tmp_path, Weighted, n_epochs=1, gradient_accumulation_steps=2)
+    trainer.fit()
+
+    ((_, _, validated),) = rows(trainer, "val/of_batch")
+    batches = [b["index"].double() for b in trainer.val_dataloader]
+    weights = [float(b.sum() + 1) for b in batches]
+    means = [float(b.mean()) for b in batches]
+    assert validated == sum(m * w for m, w in zip(means, weights, strict=True)) / sum(weights)
+    assert rows(trainer, "val/weight") == rows(trainer, "train/weight") == []
+    assert len(rows(trainer, "train/of_batch")) == 3

@@ -129,7 +129,8 @@ class BaseTrainer(AbstractTrainer):
             batch_idx: index of the batch in the epoch, from 0.
 
         Returns:
-            A mapping of scalars to log, a loss, or None.
+            A mapping of scalars to log, a loss, or None. ``"weight"`` in a mapping is not logged:
+            it is how much the batch counts in means, instead of its number of samples.
         """
 
     @abstractmethod
@@ -137,7 +138,8 @@ class BaseTrainer(AbstractTrainer):
         """One validation batch, without gradients and in eval mode.
 
         Returns:
-            A mapping of scalars, averaged over samples and ranks; a loss; or None.
+            A mapping of scalars, averaged over samples and ranks; a loss; or None. ``"weight"`` in
+            a mapping is how much the batch counts, instead of its number of samples.
         """
 
     def test_step(self, batch: Any, batch_idx: int) -> Any:

@@ -114,7 +114,8 @@ class DreamTrainer(BaseTrainer):
 
         Returns:
             The loss, a mean over the batch; or a mapping with ``"loss"`` and other scalars to
-            log. A ``"weight"`` in it (the number of tokens, say) is how much the batch counts.
+            log. A ``"weight"`` in it (the number of tokens, say) is how much the batch counts, in
+            the gradient and in every mean.
         """
         raise NotImplementedError(
             f"{type(self).__name__} has neither compute_loss nor training_step; write one of them"
@@ -126,16 +127,13 @@ class DreamTrainer(BaseTrainer):
         """`compute_loss`, backward, step."""
         result = self.compute_loss(batch, batch_idx)
         values = dict(result) if isinstance(result, Mapping) else {"loss": result}
-        self.backward(values["loss"], values.pop("weight", None))
+        self.backward(values["loss"], values.get("weight"))
         norm = self.step()
         return values if norm is None else {**values, "grad_norm": norm}
 
     def validation_step(self, batch: Any, batch_idx: int) -> Any:
         """`compute_loss`."""
-        result = self.compute_loss(batch, batch_idx)
-        if not isinstance(result, Mapping):
-            return {"loss": result}
-        return {name: value for name, value in result.items() if name != "weight"}
+        return self.compute_loss(batch, batch_idx)
 
     # ------------------------------------------------------------------ policies
 
