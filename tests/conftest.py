@@ -33,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
         "may_leave(*kinds): the test may leave these behind: "
-        "process, thread, port, environment, torch, process_group",
+        "process, thread, port, environment, rng, torch, process_group",
     )
     # A file that is closed by luck is a file whose content may be missing after a crash.
     config.addinivalue_line("filterwarnings", "error:unclosed file:ResourceWarning")
@@ -42,8 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test that leaks; put back what can be put back, so that the next one is clean."""
-    marker = request.node.get_closest_marker("may_leave")
-    excused = set(marker.args) if marker else set()
+    excused = {kind for mark in request.node.iter_markers("may_leave") for kind in mark.args}
     environment = _environment()
     looks: dict[str, Snapshot] = {
         "process": _processes,
@@ -55,8 +54,11 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     before = {kind: look() for kind, look in looks.items()}
     streams = rng_streams()
     yield
+    now = rng_streams()
     restore_rng_streams(streams)
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[str]] = {
+        "rng": [name for name in streams if not _same(streams[name], now[name])]
+    }
     for kind, look in looks.items():
         found[kind] = _added(look(), before[kind])
         if found[kind]:
@@ -86,12 +88,15 @@ def untouched_rng() -> Iterator[None]:
     import numpy as np
     import torch
 
+    outer = rng_streams()
     random.seed(1)
     np.random.seed(2)
     torch.manual_seed(3)
     before = rng_streams()
     yield
-    assert same_streams(before, rng_streams()), "a global random stream was drawn from"
+    is_same = same_streams(before, rng_streams())
+    restore_rng_streams(outer)
+    assert is_same, "a global random stream was drawn from"
 
 
 def rng_streams() -> dict[str, Any]:
@@ -113,15 +118,16 @@ def restore_rng_streams(streams: dict[str, Any]) -> None:
 
 
 def same_streams(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    def as_bytes(streams: dict[str, Any]) -> dict[str, Any]:
-        name, keys, *rest = streams["numpy"]
-        return {
-            "random": streams["random"],
-            "numpy": (name, keys.tobytes(), *rest),
-            "torch": streams["torch"].numpy().tobytes(),
-        }
+    return all(_same(one[name], other[name]) for name in one)
 
-    return as_bytes(one) == as_bytes(other)
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two states of the same stream are equal; numpy's and torch's hold arrays."""
+    if isinstance(one, tuple):
+        return all(_same(a, b) for a, b in zip(one, other, strict=True))
+    if hasattr(one, "tobytes"):
+        return bool(one.tobytes() == other.tobytes())
+    return bool(one.equal(other) if hasattr(one, "equal") else one == other)
 
 
 def _added(after: dict[Any, str], before: dict[Any, str]) -> list[str]:

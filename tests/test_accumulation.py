@@ -11,6 +11,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from dream_trainer.accumulation import AccumulationWindow
 from dream_trainer.data import ResumableLoader
 
+# These tests draw, and seed, on their own.
+pytestmark = pytest.mark.may_leave("rng")
+
 
 @dataclass
 class Batches:

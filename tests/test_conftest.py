@@ -49,7 +49,7 @@ def test_excused():
 def test_file(tmp_path):
     (tmp_path / "a").open("w").write("x")
 
-def test_draw():
+def test_rng():
     states.append(random.getstate())
     random.random()
 
@@ -83,9 +83,9 @@ def test_every_kind_of_leak_fails_the_test_that_made_it(pytester: pytest.Pyteste
         *("-W", "error::pytest.PytestUnraisableExceptionWarning"),
     )
 
-    result.assert_outcomes(passed=12, failed=1, errors=7)
+    result.assert_outcomes(passed=12, failed=1, errors=8)
     text = result.stdout.str()
-    kinds = ("process", "thread", "port", "environment", "torch", "process_group")
+    kinds = ("process", "thread", "port", "environment", "rng", "torch", "process_group")
     assert [kind for kind in kinds if f"  - {kind}: " not in text] == []
     culprits = (*(f"ERROR *::test_{kind}" for kind in kinds), "FAILED *::test_file*")
     for culprit in (*culprits, "ERROR *::test_required_untouched*"):

@@ -12,6 +12,9 @@ from support import RecordingCallback, tiny
 from dream_trainer.callbacks import Callback
 from dream_trainer.callbacks.callback import HOOKS
 
+# A run seeds the global streams.
+pytestmark = pytest.mark.may_leave("rng")
+
 DRAWING = Path(__file__).parents[1] / "docs" / "_include" / "lifecycle.txt"
 EPOCHS, BATCHES, WINDOW, VAL_BATCHES = 2, 3, 2, 3
 

@@ -20,6 +20,9 @@ from dream_trainer.randomness import (
     set_rng_state,
 )
 
+# These tests draw, and seed, on their own.
+pytestmark = pytest.mark.may_leave("rng")
+
 
 def draws() -> tuple[float, float, bytes, float, float]:
     """Of every stream, also those that keep half of a pair back."""

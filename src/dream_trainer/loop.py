@@ -142,10 +142,10 @@ class FitLoop:
 
     def finish_step(self) -> None:
         """After a window: validation if due, then the moment to save."""
-        self.trainer.logged.take()
         self._count_seconds()
         self.validate_if_due()
         self.trainer.callbacks.on_boundary(self.trainer)
+        self.trainer.logged.take()  # if nobody else did
 
     def finish_epoch(self) -> None:
         """After the last batch: validation if due, the epoch's end, the moment to save."""

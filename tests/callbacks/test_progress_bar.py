@@ -6,10 +6,14 @@ import io
 from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console
 from support import tiny
 
 from dream_trainer.callbacks import LearningRateMonitor, ProgressBar
+
+# A run seeds the global streams.
+pytestmark = pytest.mark.may_leave("rng")
 
 
 def output(root: Path, *, terminal: bool, **options: Any) -> str:

@@ -24,6 +24,9 @@ from dream_trainer.configs import CheckpointParameters, DeviceParameters, Traini
 from dream_trainer.errors import CheckpointError, ConfigError, StateError
 from dream_trainer.trainer import DreamTrainer, DreamTrainerConfig
 
+# A run seeds the global streams.
+pytestmark = pytest.mark.may_leave("rng")
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -15,6 +15,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from dream_trainer.data import ResumableLoader
 from dream_trainer.errors import StateError
 
+# These tests draw, and seed, on their own.
+pytestmark = pytest.mark.may_leave("rng")
+
 
 class Stream:
     """Draws as it goes; cannot tell its length."""

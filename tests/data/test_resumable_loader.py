@@ -25,6 +25,9 @@ from torch.utils.data import (
 from dream_trainer.data import ResumableLoader
 from dream_trainer.errors import StateError
 
+# These tests draw, and seed, on their own.
+pytestmark = pytest.mark.may_leave("rng")
+
 WORKERS = (0, 2)
 
 

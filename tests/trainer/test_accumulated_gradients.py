@@ -15,6 +15,9 @@ from torch.utils.data import DataLoader
 from dream_trainer.callbacks import Callback
 from dream_trainer.errors import ConfigError
 
+# A run seeds the global streams.
+pytestmark = pytest.mark.may_leave("rng")
+
 
 class Gradients(Callback):
     """Keeps the gradients of every step of the optimizer "net", and what they belong to."""

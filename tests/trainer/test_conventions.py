@@ -18,6 +18,9 @@ from dream_trainer.errors import ConfigError, UnknownComponentError
 from dream_trainer.trainer import DreamTrainer
 from dream_trainer.world.dream_world import unwrap
 
+# A run seeds the global streams.
+pytestmark = pytest.mark.may_leave("rng")
+
 
 class TwoModels(TinyTrainer):
     def configure_models(self) -> None:

@@ -12,6 +12,9 @@ from torchmetrics import MeanMetric
 
 from dream_trainer.callbacks import CheckpointCallback
 
+# A run seeds the global streams.
+pytestmark = pytest.mark.may_leave("rng")
+
 CELLS = {
     "plain": {},
     "dropout": {"dropout": 0.3},

@@ -16,6 +16,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from dream_trainer.callbacks import Callback
 from dream_trainer.errors import ConfigError, NonFiniteError
 
+# A run seeds the global streams.
+pytestmark = pytest.mark.may_leave("rng")
+
 
 class BoomError(Exception):
     pass

@@ -22,6 +22,9 @@ from support import (
 from dream_trainer.callbacks import Callback
 from dream_trainer.world import DreamFabric
 
+# A run seeds the global streams.
+pytestmark = pytest.mark.may_leave("rng")
+
 
 @pytest.mark.parametrize("kind", [Fabric, DreamFabric])
 @pytest.mark.parametrize("is_launched", [False, True])

@@ -22,6 +22,9 @@ from torch.utils.data import DataLoader
 from dream_trainer.callbacks import Callback, CheckpointCallback
 from dream_trainer.errors import ConfigError
 
+# A run seeds the global streams.
+pytestmark = pytest.mark.may_leave("rng")
+
 
 def rows(trainer: Any) -> list[dict[str, Any]]:
     text = (trainer.run_directory / "metrics.jsonl").read_text()

@@ -13,6 +13,9 @@ from torchmetrics import MeanMetric, MetricCollection, SumMetric
 
 from dream_trainer.callbacks import MetricLogger
 
+# A run seeds the global streams.
+pytestmark = pytest.mark.may_leave("rng")
+
 
 class Counts(TinyTrainer):
     """Sums the indices it sees, so that the right result is known."""

@@ -16,6 +16,9 @@ from dream_trainer.configs import DeviceParameters
 from dream_trainer.trainer import AbstractTrainer, AbstractTrainerConfig
 from dream_trainer.world import DreamWorld
 
+# A run seeds the global streams.
+pytestmark = pytest.mark.may_leave("rng")
+
 PAGE = Path(__file__).parents[2] / "docs" / "trainers" / "abstract_trainer.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 EXAMPLE, *SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)

@@ -25,6 +25,9 @@ from dream_trainer.data import ResumableLoader
 from dream_trainer.errors import StateError
 from dream_trainer.world import DreamFabric
 
+# A run seeds the global streams.
+pytestmark = pytest.mark.may_leave("rng")
+
 
 class Measured(TinyTrainer):
     def configure_metrics(self) -> None:

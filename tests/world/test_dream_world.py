@@ -19,6 +19,9 @@ from dream_trainer.errors import CheckpointError, ConfigError
 from dream_trainer.world import DreamFabric, DreamWorld, MeshStrategy
 from dream_trainer.world.dream_world import unwrap
 
+# These tests draw, and seed, on their own.
+pytestmark = pytest.mark.may_leave("rng")
+
 RANKS = ("rank", "size", "local_rank", "node_rank", "device", "is_global_zero")
 PARALLEL = ("dp_rank", "dp_size", "tp_rank", "tp_size")
 

@@ -70,6 +70,11 @@ class MetricLogger(Callback):
             self._pending.append((self._place(trainer), _exact(results)))
             self.flush(trainer)
 
+    def on_boundary(self, trainer: BaseTrainer) -> None:
+        """Write what was logged after the step, in the hooks of a validation or an epoch."""
+        if values := trainer.logged.take():
+            self._pending.append((self._place(trainer), values))
+
     def close(self, trainer: BaseTrainer) -> None:
         """Close the log."""
         if self._log is not None:

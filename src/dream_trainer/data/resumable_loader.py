@@ -76,6 +76,7 @@ class ResumableLoader:
         )
         self._is_stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
         self._is_sequence = isinstance(loader, Sequence)
+        self._is_resumed = False
         self._before_peek: tuple[Any, RawState | None] | None = None
         self._stream: RawState | None = None
         self._plan: SamplingPlan | None = None
@@ -203,6 +204,7 @@ class ResumableLoader:
                 copy.deepcopy(state_dict["loader"]),
                 None if stream is None else decode_state(stream),
             )
+            self._is_resumed = True
 
     # ------------------------------------------------------------------ map-style
 
@@ -303,6 +305,7 @@ class ResumableLoader:
         if self._is_sequence:
             return iter(self.loader[self._position :])
         resumed, self._before_peek = self._before_peek, None
+        self._is_resumed = False
         if resumed is None and self._is_stateful and self._position:
             resumed = self.loader.state_dict(), self._stream  # left in mid-epoch, by a break
         if resumed is not None:
@@ -312,6 +315,14 @@ class ResumableLoader:
             with preserved():
                 seed_cpu(derive(self._seed or 0, self.epoch, self._rank, "stream"))
                 self._stream = raw_state()
+        if isinstance(self.loader, DataLoader):
+            # Workers that persist, or a generator of the loader's own, would carry their streams
+            # from epoch to epoch; a continued run starts them in the middle.
+            self.loader._iterator = None
+            if self.loader.generator is not None:
+                self.loader.generator.manual_seed(
+                    derive(self._seed or 0, self.epoch, self._rank, "workers")
+                )
         with self._own_stream():
             iterator: Iterator[Any] = iter(self.loader)
             if self._position and not self._is_stateful:
@@ -344,6 +355,11 @@ class ResumableLoader:
         return "samples" if self._is_map_style else "batches"
 
     def _start_epoch(self, epoch: int) -> None:
+        if self._is_resumed and self._before_peek is not None:
+            # Left in mid-epoch, as the loader of a run without interruption was.
+            self.loader.load_state_dict(self._before_peek[0])
+            iter(self.loader)
+        self._is_resumed = False
         self.epoch, self._position = epoch, 0
         self._stream = self._before_peek = None
 

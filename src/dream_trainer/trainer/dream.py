@@ -294,6 +294,19 @@ class DreamTrainer(BaseTrainer):
             )
             owners = "+".join(dict.fromkeys(filter(None, trained))) or "optimizer"
             named[_free_name(key if isinstance(key, str) else owners, named)] = optimizer
+        outside = [
+            f"optimizer {name} trains a parameter of shape {tuple(p.shape)} that is in no model"
+            for name, one in named.items()
+            for group in one.param_groups
+            for p in group["params"]
+            if id(p) not in names
+        ]
+        if outside:
+            raise ConfigError(
+                "configure_optimizers",
+                outside,
+                "It would not be saved. Assign a module that holds it to self in configure_models.",
+            )
         trained_ids = {
             id(p) for one in named.values() for group in one.param_groups for p in group["params"]
         }

@@ -76,7 +76,7 @@ class MetricPhases:
     def state_dict(self) -> dict[str, Any]:
         """What this rank's training metrics have gathered so far in the epoch."""
         return {
-            path: {"count": metric._update_count, "state": dict(metric.metric_state)}
+            path: {"counts": _counts(metric), "state": dict(metric.metric_state)}
             for path, metric in _flat(self._copies("train"))
         }
 
@@ -87,22 +87,29 @@ class MetricPhases:
                 continue
             for name, value in state[path]["state"].items():
                 setattr(metric, name, _on_device(copy.deepcopy(value), metric))
-            metric._update_count = state[path]["count"]
+            vars(metric).update(state[path]["counts"])
             metric._computed = None
 
     def _copies(self, phase: str) -> dict[str, AnyMetric]:
         if phase not in self._phases:
-            self._phases[phase] = {n: m.clone() for n, m in self._originals.items()}
+            # Together, so that a metric made of others goes on reading those.
+            self._phases[phase] = copy.deepcopy(self._originals)
         return self._phases[phase]
 
 
 def _flat(metrics: Mapping[str, AnyMetric]) -> Iterator[tuple[str, Metric]]:
+    """Every metric by its path, those inside collections and wrappers among them."""
     for name, metric in metrics.items():
         if isinstance(metric, MetricCollection):
-            parts = metric.items(keep_base=True, copy_state=True)
-            yield from ((f"{name}.{key}", part) for key, part in parts)
-        else:
-            yield name, metric
+            metric.items(keep_base=True, copy_state=True)  # members of a group share one state
+        for path, part in metric.named_modules(prefix=name):
+            if isinstance(part, Metric):
+                yield path, part
+
+
+def _counts(metric: Metric) -> dict[str, int]:
+    """Numbers that a metric keeps beside its states: updates, values seen."""
+    return {name: value for name, value in vars(metric).items() if type(value) is int}
 
 
 def _was_updated(metric: AnyMetric) -> bool:
