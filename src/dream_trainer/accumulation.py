@@ -43,7 +43,7 @@ class AccumulationWindow:
         self._num_samples: int | None = None
         self._scale = 1.0
         self._is_filler = False
-        self.is_accumulating = False
+        self.is_accumulating = self.is_in_batch = False
         self._weights: list[Weight] = []
         self._stepping: list[Weight] = []
         self._num_backwards = self._num_backwards_stepped = 0
@@ -55,6 +55,7 @@ class AccumulationWindow:
         if self._num_batches == 0:
             self._plan(loader)
         self._num_batches += 1
+        self.is_in_batch = True
         self._num_backwards = self._num_backwards_stepped = 0
         self._stepping = self._weights
         self._steps.clear()
@@ -71,6 +72,7 @@ class AccumulationWindow:
         Returns:
             Whether this batch ended its window.
         """
+        self.is_in_batch = False
         if self.is_accumulating:
             return False
         self._num_batches = 0

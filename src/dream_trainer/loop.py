@@ -22,6 +22,7 @@ import torch
 
 from dream_trainer.accumulation import AccumulationWindow
 from dream_trainer.data import ResumableLoader
+from dream_trainer.errors import ConfigError
 from dream_trainer.metrics import LoggedValues, merge_ranks, observation, totals
 from dream_trainer.randomness import derive, rng_state, seed_everything, set_rng_state
 
@@ -94,6 +95,7 @@ class FitLoop:
         self.validate_if_due()  # the checkpoint may lie between a step and its validation
         # Done by a limit, with batches left over: the epoch stays open for a later run.
         if not self._epoch_has_steps_left or self._train_batches():
+            self._require_steps()
             progress.finish_train_epoch()
             callbacks.post_train_epoch(trainer)
 
@@ -112,7 +114,22 @@ class FitLoop:
                         return True
                     if self.is_done:
                         return self.train_loader.is_last is True
+        if not self.trainer.progress.num_batches_in_epoch:
+            # Epochs without batches would follow each other for ever.
+            raise RuntimeError(
+                f"the train loader gave no batch in epoch {self.trainer.current_epoch}. A "
+                "generator can be used once only: pass an object whose __iter__ starts anew."
+            )
         return True
+
+    def _require_steps(self) -> None:
+        progress, trainer = self.trainer.progress, self.trainer
+        if progress.num_batches and not progress.num_steps and trainer.named_optimizers():
+            raise RuntimeError(
+                f"{type(trainer).__name__}.training_step took no optimizer step in a whole epoch. "
+                "Call self.backward(loss) and self.step() in it; a loss that it returns is only "
+                "logged."
+            )
 
     def train_step(self, batch: Any) -> bool:
         """Take one batch through ``training_step``.
@@ -214,7 +231,14 @@ class FitLoop:
                     trainer.callbacks.post_validation_step(trainer, result, batch, batch_idx)
                 values.add(*observation(result, loader.num_samples), prefix=f"{phase}/")
             parts = trainer.world.all_gather_object(totals([values.take()])[0])
-            return merge_ranks(parts) | trainer.metrics.compute(phase)
+            means, metrics = merge_ranks(parts), trainer.metrics.compute(phase)
+            if both := means.keys() & metrics.keys():
+                raise ConfigError(
+                    "configure_metrics",
+                    [f"{name} is both a metric and a value of a step" for name in sorted(both)],
+                    "Give the metric another name.",
+                )
+            return means | metrics
 
     def predict(self, loader: ResumableLoader) -> list[Any]:
         """What ``predict_step`` returns for each batch of this rank, in order."""

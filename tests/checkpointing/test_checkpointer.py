@@ -216,3 +216,8 @@ def test_many_saves_at_one_step_resume_from_the_last(tmp_path: Path) -> None:
     for value in range(4):
         one.save({"value": value}, step=5)
     assert one.resume("auto").state == {"value": 3}
+
+
+def test_a_word_that_is_no_way_to_resume_is_told_so(three: Checkpointer) -> None:
+    with pytest.raises(ConfigError, match="resume='always' is neither 'auto', 'never', 'must'"):
+        three.resume("always")

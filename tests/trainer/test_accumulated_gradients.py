@@ -290,7 +290,7 @@ def test_step_without_an_optimizer_needs_there_to_be_one(tmp_path: Path) -> None
         def configure_schedulers(self) -> Any:
             return None
 
-    with pytest.raises(KeyError, match="step\\(\\) needs an optimizer, there are 2: net, other"):
+    with pytest.raises(KeyError, match=r"several optimizers.*: net, other"):
         gradients_of(tmp_path, Two)
 
 

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
 from dream_trainer.data import ResumableLoader
 from dream_trainer.errors import ConfigError, UnknownComponentError
-from dream_trainer.trainer import DreamTrainer
+from dream_trainer.trainer import DreamTrainer, DreamTrainerConfig
 from dream_trainer.world.dream_world import unwrap
 
 # A run seeds the global streams.
@@ -291,3 +291,60 @@ def test_activation_checkpointing_does_not_change_names_or_results(tmp_path: Pat
         states.append(trainer.state_dict()["models"]["net"])
     assert list(states[0]) == list(states[1])
     assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in states), strict=True))
+
+
+@pytest.mark.parametrize("returned", [None, "a", (1, 2, 3), {"train": [], "val": []}])
+def test_what_is_no_loader_is_refused_by_the_method_that_returned_it(
+    tmp_path: Path, returned: Any
+) -> None:
+    class Wrong(TinyTrainer):
+        def configure_dataloaders(self) -> Any:
+            return returned if returned != "a" else (None, None)
+
+    with pytest.raises(ConfigError, match="configure_dataloaders"):
+        tiny(tmp_path, Wrong).fit()
+
+
+@pytest.mark.parametrize("returned", [None, {"nll": 1.0}, (1.0, 2.0)])
+def test_what_is_no_loss_is_named(tmp_path: Path, returned: Any) -> None:
+    class Wrong(TinyTrainer):
+        def compute_loss(self, batch: Any, batch_idx: int) -> Any:
+            return returned
+
+    with pytest.raises(TypeError, match="compute_loss returned"):
+        tiny(tmp_path, Wrong).fit()
+
+
+def test_a_training_step_that_never_steps_is_an_error(tmp_path: Path) -> None:
+    class Lightning(TinyTrainer):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.compute_loss(batch, batch_idx)
+
+    with pytest.raises(RuntimeError, match="took no optimizer step in a whole epoch"):
+        tiny(tmp_path, Lightning).fit()
+
+
+def test_a_parameter_outside_every_model_is_refused(tmp_path: Path) -> None:
+    class Loose(TinyTrainer):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD([*self.net.parameters(), torch.nn.Parameter(torch.ones(3))])
+
+    with pytest.raises(ConfigError, match=r"shape \(3,\) that is in no model"):
+        tiny(tmp_path, Loose).fit()
+
+
+def test_kinds_of_the_configuration_are_checked_together() -> None:
+    with pytest.raises(ConfigError) as caught:
+        DreamTrainerConfig(callbacks=[], loggers={"a": "csv"}, training_parameters={})  # type: ignore[arg-type]
+    assert [problem.partition(" ")[0] for problem in caught.value.problems] == [
+        "training_parameters",
+        "callbacks",
+        "loggers.a",
+    ]
+
+
+def test_a_root_that_cannot_be_written_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match="root_dir"):
+        tiny(tmp_path / "file").fit()
+    assert (tmp_path / "file").read_text() == "mine"

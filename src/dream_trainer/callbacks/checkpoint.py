@@ -52,6 +52,15 @@ class CheckpointCallback(Callback):
         if trainer.writes_run_directory and self._saved_at != self._place(trainer):
             self._save(trainer)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The last validation, which the checkpoint of an epoch's end is ranked by."""
+        step, results = self._results
+        return {"step": step, "results": dict(results)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self._results = state_dict["step"], state_dict["results"]
+
     def _is_due(self, trainer: BaseTrainer) -> bool:
         parameters, progress = trainer.checkpoint_parameters, trainer.progress
         if not parameters.enable or self._saved_at == self._place(trainer):

@@ -120,7 +120,9 @@ class Checkpointer:
 
         return self._read(self._on_rank_zero(check), like)
 
-    def resume(self, resume: str = "auto", like: Like | None = None) -> LoadedCheckpoint | None:
+    def resume(
+        self, resume: str = "auto", like: Like | None = None, *, read_only: bool = False
+    ) -> LoadedCheckpoint | None:
         """Find and read the checkpoint that a run continues from.
 
         Damaged ones are reported, renamed and passed over; leftovers of killed saves are removed.
@@ -129,6 +131,7 @@ class Checkpointer:
             resume: ``"auto"``, ``"never"``, ``"must"`` or a path, as in
                 `CheckpointParameters`.
             like: templates for tensors that are to come back sharded.
+            read_only: remove and rename nothing; another process may be writing there.
 
         Returns:
             None if there is nothing to continue from and that is allowed.
@@ -137,12 +140,13 @@ class Checkpointer:
             ConfigError: ``"never"``, but the directory has checkpoints; or ``"must"``, but not.
             CheckpointError: the path, or every checkpoint, is damaged.
         """
-        stored = self._on_rank_zero(lambda: self._choose(resume))
+        stored = self._on_rank_zero(lambda: self._choose(resume, read_only))
         return None if stored is None else self._read(stored, like)
 
-    def _choose(self, resume: str) -> StoredCheckpoint | None:
+    def _choose(self, resume: str, read_only: bool) -> StoredCheckpoint | None:
         store = self.store
-        store.clean()
+        if not read_only:
+            store.clean()
         paths = store.paths()
         if resume == "never":
             if paths:
@@ -152,9 +156,17 @@ class Checkpointer:
                     "Choose another experiment name, or resume='auto' to continue this one.",
                 )
             return None
+        is_word = Path(resume).name == resume and not Path(resume).exists()
+        if resume not in ("auto", "must") and is_word:
+            raise ConfigError(
+                "checkpoint_parameters",
+                [f"resume={resume!r} is neither 'auto', 'never', 'must' nor a checkpoint"],
+                "Give the path of a checkpoint, runs/.../checkpoints/step-... .",
+            )
         if resume not in ("auto", "must"):
             stored = self._verified(Path(resume))
-            store.set_aside_after(stored.path)
+            if not read_only:
+                store.set_aside_after(stored.path)
             return stored
         damaged: list[tuple[Path, CheckpointError]] = []
         for path in reversed(paths):
@@ -165,10 +177,8 @@ class Checkpointer:
                 continue
             # Renamed only now: with none left, another start must fail again, not start afresh.
             for other, reason in damaged:
-                aside = store.set_aside(other, "damaged")
-                warnings.warn(
-                    f"{reason}\nIt is now {aside.name}; trying the one before.", stacklevel=2
-                )
+                name = other.name if read_only else store.set_aside(other, "damaged").name
+                warnings.warn(f"{reason}\nIt is now {name}; trying the one before.", stacklevel=2)
             return stored
         if damaged:
             raise CheckpointError(

@@ -67,7 +67,7 @@ class ConfigParser:
             ConfigError: naming the option, or the file and key.
         """
         paths, options = _split(args)
-        files = read_files(paths)
+        files = {path: self._sections(path, text) for path, text in read_files(paths).items()}
         try:
             # As one file in front of all options: jsonargparse lets a file win over an option
             # that stands before it.
@@ -114,6 +114,19 @@ class ConfigParser:
         for name, value in replace.items():
             complete[name] = value
         return str(self._parser.dump(complete, skip_unset=False, skip_validation=True))
+
+    def _sections(self, path: str, content: dict[str, Any]) -> dict[str, Any]:
+        """A file's content, where a section with nothing in it counts as left out."""
+        defaults = self._parser.get_defaults(skip_validation=True)
+        sections = {name for name in content if isinstance(defaults.get(name), Namespace)}
+        odd = [
+            f"{name}: expected a mapping of options, got {content[name]!r}"
+            for name in sections
+            if not isinstance(content[name], (dict, str, type(None)))
+        ]
+        if odd:
+            raise ConfigError(path, odd)
+        return {k: v for k, v in content.items() if not (k in sections and v is None)}
 
     def _as_options(self, content: dict[str, Any]) -> list[str]:
         """What stands in files, as options that can be put in front of the others."""

@@ -45,7 +45,9 @@ def explained(
 
 
 def _unknown(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name.lstrip("-"), list(known), n=2, cutoff=0.7)
+    bare, known = name.lstrip("-"), list(known)
+    near = [one for one in known if one.endswith(f".{bare}")]  # only the section is missing
+    near = near or difflib.get_close_matches(bare, known, n=2, cutoff=0.7)
     dashes = "--" if name.startswith("-") else ""
     hint = " or ".join(f"{dashes}{one}" for one in near)
     return f"there is no {name}" + (f"; did you mean {hint}?" if hint else "")

@@ -22,6 +22,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as dcp_metadata
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
@@ -113,7 +114,7 @@ def read_tree(directory: Path, like: Like | None = None, *, rank: int = 0) -> tu
         local = _read(reader, metadata, prefix if prefix + _PLAIN in names else "__rank_0__", None)
     except CheckpointError:
         raise
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # the latter is a BaseException
         raise CheckpointError(str(directory), [f"{type(error).__name__}: {error}"]) from error
     return shared, local
 

@@ -9,6 +9,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.checkpoint.api import CheckpointException
+
 from dream_trainer.errors import CheckpointError
 from dream_trainer.storage.atomic import fsync_directory
 from dream_trainer.storage.collective import all_gather, on_rank_zero
@@ -87,7 +89,7 @@ def _write(
     try:
         written = write_tree(beside, shared, local, rank=rank, world_size=world_size)
         return checksums(written), None
-    except Exception as error:  # noqa: BLE001 - the other ranks wait for a report
+    except (Exception, CheckpointException) as error:  # noqa: BLE001 - the others wait for it
         return {}, f"{type(error).__name__}: {error}"
 
 

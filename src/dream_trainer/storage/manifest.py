@@ -59,10 +59,16 @@ class Manifest:
         Raises:
             CheckpointError: it is missing, broken, or of another format version.
         """
+        if not directory.is_dir():
+            raise CheckpointError(
+                str(directory),
+                ["there is no such directory"],
+                "A checkpoint is a directory with a manifest.json.",
+            )
         try:
             text = (directory / _NAME).read_bytes().decode()
             facts = json.loads(text)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(str(directory), [f"{_NAME}: {error}"]) from error
         if not isinstance(facts, dict):
             raise CheckpointError(str(directory), [f"{_NAME} is no JSON object"])

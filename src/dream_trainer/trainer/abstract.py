@@ -50,7 +50,7 @@ class AbstractTrainerConfig:
         problems = [
             f"{name}={value!r} is not a folder name"
             for name, value in names.items()
-            if value is not None and (value in ("", ".", "..") or set(value) & set("/\\\0"))
+            if not (value is None and name == "experiment") and not _is_folder_name(value)
         ]
         if self.seed is not None and self.seed < 0:
             problems.append(f"seed={self.seed} is below 0")
@@ -77,6 +77,12 @@ class AbstractTrainer(ABC):
     config: AbstractTrainerConfig
 
     def __init__(self, config: AbstractTrainerConfig, *, fabric: Fabric | None = None) -> None:
+        if not isinstance(config, AbstractTrainerConfig):
+            raise ConfigError(
+                type(self).__name__,
+                [f"its configuration is a {type(config).__name__}"],
+                f"Pass a {AbstractTrainerConfig.__name__} or a dataclass derived from it.",
+            )
         self.config = config
         self.world = DreamWorld(config.device_parameters, fabric=fabric)
         self.progress = Progress()
@@ -206,3 +212,7 @@ def _name_of(wanted: Any, named: Mapping[str, Any], kind: str) -> str:
         f"this {type(wanted).__name__} is no {kind} of the trainer, which has: "
         f"{', '.join(named) or 'none'}. Return it from named_{kind}s()."
     )
+
+
+def _is_folder_name(value: object) -> bool:
+    return isinstance(value, str) and value not in ("", ".", "..") and not set(value) & set("/\\\0")

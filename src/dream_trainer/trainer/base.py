@@ -66,6 +66,29 @@ class BaseTrainerConfig(AbstractTrainerConfig):
     loggers: dict[str, Any] = field(default_factory=dict)
     """Lightning loggers by name, beside the exact JSONL log."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        kinds = {
+            "training_parameters": TrainingParameters,
+            "checkpoint_parameters": CheckpointParameters,
+            "callbacks": Mapping,
+            "loggers": Mapping,
+        }
+        problems = [
+            f"{name} is a {type(value).__name__}, expected a {kind.__name__}"
+            for name, kind in kinds.items()
+            if not isinstance(value := getattr(self, name), kind)
+        ]
+        problems += [
+            f"loggers.{name} is a {type(one).__name__}, which has no log_metrics and finalize"
+            for name, one in (self.loggers.items() if isinstance(self.loggers, Mapping) else ())
+            if one is not None and not (hasattr(one, "log_metrics") and hasattr(one, "finalize"))
+        ]
+        if problems:
+            raise ConfigError(
+                type(self).__name__, problems, "Callbacks and loggers are mappings by name."
+            )
+
 
 class BaseTrainer(AbstractTrainer):
     """A trainer that runs: the fit loop, exact state, checkpoints, callbacks.
@@ -168,7 +191,7 @@ class BaseTrainer(AbstractTrainer):
         with running(self):
             self.stop_reason = None
             self.prepare()
-            self._restore()
+            self._restore(read_only=False)
             if self.writes_run_directory:
                 open_run_directory(self)
             self.is_fitting = True
@@ -188,6 +211,8 @@ class BaseTrainer(AbstractTrainer):
         with running(self):
             self.prepare()
             self._restore()
+            if not self.is_resumed:
+                self.world.print(f"no checkpoint in {self.run_directory}: these are fresh weights")
             if self.loop.val_loader is None:
                 raise ConfigError("validate", ["val_dataloader is None"], "Return one.")
             return self.loop.validate()
@@ -222,15 +247,21 @@ class BaseTrainer(AbstractTrainer):
             weight: how much the batch counts, the number of its tokens for example. The step's
                 gradient is then the weighted mean over the window and all data-parallel ranks.
         """
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = (
+                f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            )
+            raise TypeError(f"the loss is a tensor with one element, got {found}; call .mean()")
         self.world.backward(self._window.scaled(loss, weight))
 
-    def step(self, optimizer: Optimizer | None = None) -> Tensor | None:
+    def step(self, optimizer: Optimizer | str | None = None) -> Tensor | None:
         """Clip, step, zero the gradients, and step the optimizer's scheduler.
 
         Does nothing while gradients accumulate, so it can be called after every backward.
 
         Args:
-            optimizer: one of `named_optimizers`; may be left out if there is only one.
+            optimizer: one of `named_optimizers`, or its name; may be left out if there is only
+                one.
 
         Returns:
             The norm of the gradients before clipping, as a tensor without dimensions on the
@@ -238,7 +269,7 @@ class BaseTrainer(AbstractTrainer):
         """
         if self._window.is_accumulating:
             return None
-        name, optimizer = self._optimizer(optimizer)
+        name, optimizer = self._named(optimizer)
         factor = self._window.gradient_factor(self.world.device)
         if factor is not None and (grads := gradients([optimizer])):
             if isinstance(factor, Tensor):
@@ -257,6 +288,10 @@ class BaseTrainer(AbstractTrainer):
             self.progress.finish_step()
         self.callbacks.post_optimizer_step(self, optimizer)
         return norm
+
+    def log(self, name: str, value: Value) -> None:
+        """Log one value with the step under way."""
+        self.logged.add({name: value})
 
     def log_dict(self, values: Mapping[str, Value]) -> None:
         """Log values with the step under way; tensors stay on the device until later."""
@@ -307,6 +342,11 @@ class BaseTrainer(AbstractTrainer):
     def is_accumulating_gradients(self) -> bool:
         """Whether the batch under way does not end its accumulation window."""
         return self._window.is_accumulating
+
+    @property
+    def is_in_step(self) -> bool:
+        """Whether a batch is inside ``training_step``, so that the state is between two."""
+        return self._window.is_in_batch
 
     @property
     def num_train_batches(self) -> int | None:
@@ -443,10 +483,10 @@ class BaseTrainer(AbstractTrainer):
         val = None if val is None else self._adopt(val, "val_dataloader")
         self.loop = FitLoop(self, train, val, self._window, self.clock)
 
-    def _restore(self) -> None:
+    def _restore(self, *, read_only: bool = True) -> None:
         """Once: continue from a checkpoint, if there is one."""
         if not self._is_restored:
-            restore(self)
+            restore(self, read_only=read_only)
             self._is_restored = True
 
     def _adopt(self, loader: Any, name: str) -> ResumableLoader:
@@ -465,16 +505,22 @@ class BaseTrainer(AbstractTrainer):
         place = f": {self.run_directory}" if self.writes_run_directory else ""
         self.world.print(f"{reason} at step {self.global_step}, epoch {self.current_epoch}{place}")
 
-    def _optimizer(self, optimizer: Optimizer | None) -> tuple[str, Optimizer]:
-        if optimizer is None:
-            if len(self._optimizers) != 1:
-                raise UnknownComponentError(
-                    f"step() needs an optimizer, there are {len(self._optimizers)}: "
-                    f"{', '.join(self._optimizers) or 'none'}"
-                )
-            return next(iter(self._optimizers.items()))
-        name = self.get_name_by_optimizer(optimizer)
-        return name, self._optimizers[name]
+    def _named(self, optimizer: Optimizer | str | None) -> tuple[str, Optimizer]:
+        optimizers = self._optimizers
+        if optimizer is None and len(optimizers) == 1:
+            return next(iter(optimizers.items()))
+        if not optimizers:
+            raise UnknownComponentError(
+                "step() finds no optimizer. Return one from configure_optimizers (DreamTrainer) or "
+                "named_optimizers."
+            )
+        if optimizer is None or (isinstance(optimizer, str) and optimizer not in optimizers):
+            wanted = "several optimizers" if optimizer is None else f"no optimizer {optimizer!r}"
+            raise UnknownComponentError(
+                f"step() finds {wanted}. Give it one of these, or its name: {', '.join(optimizers)}"
+            )
+        name = optimizer if isinstance(optimizer, str) else self.get_name_by_optimizer(optimizer)
+        return name, optimizers[name]
 
     def _sum_over_data_parallel(self, total: Tensor) -> Tensor:
         if self.world.dp_size == 1:

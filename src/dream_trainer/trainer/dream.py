@@ -127,6 +127,10 @@ class DreamTrainer(BaseTrainer):
         """`compute_loss`, backward, step."""
         result = self.compute_loss(batch, batch_idx)
         values = dict(result) if isinstance(result, Mapping) else {"loss": result}
+        if not isinstance(values.get("loss"), Tensor):
+            raise TypeError(
+                f"compute_loss returned {result!r}; return a loss, or a mapping with 'loss' in it"
+            )
         self.backward(values["loss"], values.get("weight"))
         norm = self.step()
         return values if norm is None else {**values, "grad_norm": norm}
@@ -213,7 +217,7 @@ class DreamTrainer(BaseTrainer):
             for name, model in self._models.items()
         }
         loaders = self.configure_dataloaders()
-        train, val = loaders if isinstance(loaders, (tuple, list)) else (loaders, None)
+        train, val = _train_and_val(loaders)
         self._train_dataloader = _resumable(train)
         self._val_dataloader = None if val is None else _resumable(val)
         made = self._name_optimizers(self.configure_optimizers())
@@ -285,7 +289,8 @@ class DreamTrainer(BaseTrainer):
                 raise ConfigError(
                     "configure_optimizers",
                     [f"it returned a {type(optimizer).__name__}"],
-                    "Return an optimizer, a list of them, or {model: optimizer}.",
+                    "Return an optimizer, a list of them, or {model: optimizer}; schedulers come "
+                    "from configure_schedulers.",
                 )
             trained = (
                 names.get(id(p), "").partition(".")[0]
@@ -348,6 +353,21 @@ class DreamTrainer(BaseTrainer):
 
 def _resumable(loader: Any) -> ResumableLoader:
     return loader if isinstance(loader, ResumableLoader) else ResumableLoader(loader)
+
+
+def _train_and_val(loaders: Any) -> tuple[Any, Any]:
+    """What ``configure_dataloaders`` returned, as (train, val)."""
+    if isinstance(loaders, (tuple, list)) and len(loaders) == 2:
+        train, val = loaders
+    else:
+        train, val = loaders, None
+    if isinstance(train, (Mapping, tuple)) or not hasattr(train, "__iter__"):
+        raise ConfigError(
+            "configure_dataloaders",
+            [f"it returned a {type(loaders).__name__} that is no loader"],
+            "Return (train, val), where val may be None, or the train loader alone.",
+        )
+    return train, val
 
 
 def _pairs(made: Any) -> Iterable[tuple[Any, Any]]:

@@ -47,20 +47,30 @@ def config_yaml(config: Any) -> str:
     return dump_yaml(_plain(config))
 
 
-def record_config(directory: Path, text: str) -> bool:
+def record_config(directory: Path, text: str) -> list[str]:
     """Write ``config.yaml``; an older one that differs is renamed.
 
     Returns:
-        Whether there was one that differs.
+        Dotted names of what differs from the older one.
     """
     path = directory / "config.yaml"
     old = path.read_text(encoding="utf-8") if path.exists() else None
     if old == text:
-        return False
+        return []
     if old is not None:
         move_aside(path, "superseded")
     write_text(path, text)
-    return old is not None
+    return [] if old is None else _differences(load_yaml(old), load_yaml(text)) or ["its text"]
+
+
+def _differences(old: Any, new: Any, place: str = "") -> list[str]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        return [
+            found
+            for key in dict.fromkeys((*old, *new))
+            for found in _differences(old.get(key), new.get(key), f"{place}.{key}".lstrip("."))
+        ]
+    return [] if old == new else [place]
 
 
 def recorded_or_new_seed(directory: Path, parameters: CheckpointParameters) -> int:

@@ -10,7 +10,12 @@ from dream_trainer.callbacks import MetricLogger
 from dream_trainer.errors import NonFiniteError, StateError
 from dream_trainer.randomness import derive, rng_state, seed_everything, set_rng_state
 from dream_trainer.trainer.finiteness import first_nonfinite
-from dream_trainer.world.component_state import load_rank_buffers, rank_buffers
+from dream_trainer.world.component_state import (
+    gradients_by_name,
+    load_gradients,
+    load_rank_buffers,
+    rank_buffers,
+)
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
@@ -26,6 +31,11 @@ def gather_state(trainer: BaseTrainer) -> dict[str, Any]:
             "the state cannot be taken inside an accumulation window: its gradients would be "
             "lost. Take it when is_accumulating_gradients is False."
         )
+    if trainer.is_in_step:
+        raise RuntimeError(
+            "the state cannot be taken inside a training step: the batch would count as trained "
+            "on. Take it in post_train_step, or better in on_boundary."
+        )
     for name in trainer.callbacks:
         if isinstance(callback := trainer.callbacks[name], MetricLogger):
             callback.flush(trainer)  # rows of earlier steps must not depend on a later one
@@ -34,6 +44,7 @@ def gather_state(trainer: BaseTrainer) -> dict[str, Any]:
             "progress": trainer.progress.state_dict(),
             "seed": trainer.seed,
             "world_size": trainer.world.size,
+            "gradients": gradients_by_name(trainer.components.models),
             "metrics": trainer.metrics.state_dict(),
             "buffers": rank_buffers(trainer.components.models) if trainer.world.size > 1 else {},
         },
@@ -69,6 +80,7 @@ def apply_state(trainer: BaseTrainer, state: Mapping[str, Any], strict: bool) ->
     trainer.progress.load_state_dict(own.get("progress", {}))
     trainer.callbacks.load_state_dict(state.get("callbacks", {}))
     trainer.world.load_precision_state(state.get("precision", {}))
+    load_gradients(trainer.components.models, own.get("gradients", {}))
     rng = state.get("rng", {})
     if rng.get("rank") != trainer.world.rank:
         # Another rank's streams would give two ranks the same dropout.

@@ -146,6 +146,31 @@ def load_optimizer_state(
     for own, saved in zip(groups, state["param_groups"], strict=False):
         own.update({k: copy.deepcopy(v) for k, v in saved.items() if k != "params"})
     optimizer.load_state_dict({"state": entries, "param_groups": groups})
+    for name, index in indices.items():
+        loaded = optimizer.state.get(parameters[name], {})
+        for key, value in entries.get(index, {}).items():
+            if isinstance(value, Tensor) and loaded[key].dtype != value.dtype:
+                # torch gives it the parameter's type, which can have fewer digits.
+                loaded[key] = value.to(loaded[key].device)
+
+
+def gradients_by_name(models: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Gradients that wait for a step to come, by parameter name; between steps usually none."""
+    return {
+        f"{model_name}.{clean_name(name)}": parameter.grad
+        for model_name, model in models.items()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def load_gradients(models: Mapping[str, nn.Module], state: Mapping[str, Tensor]) -> None:
+    """The inverse of `gradients_by_name`: parameters that are not in it have none."""
+    for model_name, model in models.items():
+        for name, parameter in model.named_parameters():
+            value = state.get(f"{model_name}.{clean_name(name)}")
+            fits = value is not None and value.shape == parameter.shape
+            parameter.grad = _laid_out_like(value, parameter).to(parameter.device) if fits else None
 
 
 def state_template(
@@ -166,6 +191,8 @@ def state_template(
             parameter = sharded.get(f"{path[1]}.{path[2]}")
         elif path[0] == "optimizers" and len(path) == 5:
             parameter = sharded.get(str(path[3]))
+        elif path[:2] == ("trainer", "gradients"):
+            parameter = sharded.get(str(path[2]))
         else:
             return None
         return parameter.detach() if parameter is not None and parameter.shape == size else None
@@ -211,8 +238,10 @@ def _fits(value: Any, target: Any) -> bool:
 
 def _fits_parameter(value: Any, parameter: Tensor) -> bool:
     """State has its parameter's shape, or is a number that belongs to it (a step count)."""
-    is_like_parameter = isinstance(value, Tensor) and value.ndim == parameter.ndim > 0
-    return not is_like_parameter or value.shape == parameter.shape
+    if not isinstance(value, Tensor) or value.ndim != parameter.ndim:
+        return True
+    # Adafactor keeps one number per row and one per column.
+    return all(n in (1, wanted) for n, wanted in zip(value.shape, parameter.shape, strict=True))
 
 
 def _described(value: Any) -> str:

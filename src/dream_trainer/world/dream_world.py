@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from dream_trainer.configs import DeviceParameters
+from dream_trainer.errors import ConfigError
 from dream_trainer.storage import Tree, all_gather, read_tree, save_directory, tensor_leaves
 from dream_trainer.world.component_state import gradients, unsharded_norm
 from dream_trainer.world.dream_fabric import DreamFabric
@@ -58,7 +59,11 @@ class DreamWorld:
         fabric: Fabric | None = None,
     ) -> None:
         if fabric is None:
-            fabric = DreamFabric(**fabric_arguments(device_parameters or DeviceParameters()))
+            arguments = fabric_arguments(device_parameters or DeviceParameters())
+            try:
+                fabric = DreamFabric(**arguments)
+            except (ValueError, RuntimeError, TypeError) as error:
+                raise ConfigError("device_parameters", [str(error)]) from error
         self._fabric = fabric
         self._opened_group = False
 

@@ -12,6 +12,7 @@ import torch
 from lightning.fabric.plugins.precision import MixedPrecision, Precision
 from lightning.fabric.strategies import ModelParallelStrategy
 from lightning.fabric.strategies.strategy import _BackwardSyncControl
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -73,6 +74,17 @@ class _GradientSyncControl(_BackwardSyncControl):
         return no_gradient_sync([module]) if enabled else nullcontext()
 
 
+class _ShardedMixedPrecision(Precision):
+    """Outputs of a model in float32, as autocast gives them; the rest is FSDP2's policy."""
+
+    def convert_output(self, data: Any) -> Any:
+        # In the policy it would hold for every block, between layers that compute in half.
+        full = torch.get_default_dtype()
+        return apply_to_collection(
+            data, torch.Tensor, lambda t: t.to(full) if t.is_floating_point() else t
+        )
+
+
 class MeshStrategy(ModelParallelStrategy):
     """Shard models with FSDP2, replicate shards (HSDP), split layers (tensor parallel).
 
@@ -115,7 +127,8 @@ class MeshStrategy(ModelParallelStrategy):
     @property
     def precision(self) -> Precision:
         """The precision plugin. Mixed precision is FSDP2's own, so no autocast on top of it."""
-        return Precision() if isinstance(self._precision, MixedPrecision) else super().precision
+        is_mixed = isinstance(self._precision, MixedPrecision)
+        return _ShardedMixedPrecision() if is_mixed else super().precision
 
     @precision.setter
     def precision(self, precision: Precision | None) -> None:
@@ -140,7 +153,7 @@ class MeshStrategy(ModelParallelStrategy):
         if isinstance(self._precision, MixedPrecision):
             half = torch.bfloat16 if self.precision_name.startswith("bf16") else torch.float16
             arguments["mp_policy"] = MixedPrecisionPolicy(
-                param_dtype=half, reduce_dtype=torch.float32, output_dtype=torch.float32
+                param_dtype=half, reduce_dtype=torch.float32
             )
         if self.cpu_offload:
             arguments["offload_policy"] = CPUOffloadPolicy()
