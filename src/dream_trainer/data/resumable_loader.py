@@ -284,22 +284,28 @@ class ResumableLoader:
                 item = next(iterator, nothing)
             return nothing if self._any_rank(item is nothing) else item
 
-        item = fetch()
-        while item is not nothing:
-            following = nothing
-            self.is_last = None
-            if self._is_sequence:
-                self.is_last = self._position + 1 == len(self.loader)
-            elif peeks:
-                if self._is_stateful:
-                    # Its own state would count the batch that is only looked at.
-                    self._before_peek = (self.loader.state_dict(), self._stream)
-                following = fetch()
-                self.is_last = following is nothing
-            self._position += 1
-            self.num_samples = self.num_samples_all_ranks = None
-            yield item
-            item = following if peeks else fetch()
+        try:
+            item = fetch()
+            while item is not nothing:
+                following = nothing
+                self.is_last = None
+                if self._is_sequence:
+                    self.is_last = self._position + 1 == len(self.loader)
+                elif peeks:
+                    if self._is_stateful:
+                        # Its own state would count the batch that is only looked at.
+                        self._before_peek = (self.loader.state_dict(), self._stream)
+                    following = fetch()
+                    self.is_last = following is nothing
+                self._position += 1
+                self.num_samples = self.num_samples_all_ranks = None
+                yield item
+                item = following if peeks else fetch()
+        finally:
+            # Workers that persist are started anew each epoch; left alone they would wait on.
+            getattr(iterator, "_shutdown_workers", bool)()
+            if isinstance(self.loader, DataLoader):
+                self.loader._iterator = None
 
     def _open_iterator(self) -> Iterator[Any]:
         if self._is_sequence:
