@@ -293,8 +293,12 @@ class ResumableLoader:
                     self.is_last = self._position + 1 == len(self.loader)
                 elif peeks:
                     if self._is_stateful:
-                        # Its own state would count the batch that is only looked at.
-                        self._before_peek = (self.loader.state_dict(), self._stream)
+                        # Its own state would count the batch that is only looked at. A copy:
+                        # the loader may go on to change what it gave.
+                        self._before_peek = (
+                            copy.deepcopy(self.loader.state_dict()),
+                            self._stream,
+                        )
                     following = fetch()
                     self.is_last = following is nothing
                 self._position += 1
@@ -302,10 +306,10 @@ class ResumableLoader:
                 yield item
                 item = following if peeks else fetch()
         finally:
-            # Workers that persist are started anew each epoch; left alone they would wait on.
-            getattr(iterator, "_shutdown_workers", bool)()
-            if isinstance(self.loader, DataLoader):
-                self.loader._iterator = None
+            if not self._is_stateful:
+                # Workers that persist start anew each epoch; left alone they would wait on.
+                getattr(iterator, "_shutdown_workers", bool)()
+                self._forget_iterator()
 
     def _open_iterator(self) -> Iterator[Any]:
         if self._is_sequence:
@@ -321,14 +325,13 @@ class ResumableLoader:
             with preserved():
                 seed_cpu(derive(self._seed or 0, self.epoch, self._rank, "stream"))
                 self._stream = raw_state()
-        if isinstance(self.loader, DataLoader):
+        if not self._is_stateful:
             # Workers that persist, or a generator of the loader's own, would carry their streams
             # from epoch to epoch; a continued run starts them in the middle.
-            self.loader._iterator = None
-            if self.loader.generator is not None:
-                self.loader.generator.manual_seed(
-                    derive(self._seed or 0, self.epoch, self._rank, "workers")
-                )
+            self._forget_iterator()
+            own = getattr(self.loader, "generator", None)
+            if isinstance(own, torch.Generator):
+                own.manual_seed(derive(self._seed or 0, self.epoch, self._rank, "workers"))
         with self._own_stream():
             iterator: Iterator[Any] = iter(self.loader)
             if self._position and not self._is_stateful:
@@ -340,6 +343,10 @@ class ResumableLoader:
                 for _ in range(self._position):
                     next(iterator, None)
         return iterator
+
+    def _forget_iterator(self) -> None:
+        if isinstance(self.loader, DataLoader):
+            self.loader._iterator = None
 
     @contextmanager
     def _own_stream(self) -> Iterator[None]:
