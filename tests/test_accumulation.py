@@ -236,11 +236,13 @@ def test_weights_for_some_losses_of_a_window_only_are_refused(
 
 def test_the_next_window_may_choose_anew() -> None:
     one, batches = window(1), Batches([4, 4])
-    for weight in (1.0, None):
+    losses = []
+    for weight in (3.0, None):
         batches.next()
         one.start_batch(batches)
-        one.scaled(torch.ones(()), weight)
-        one.finish_batch()
+        losses.append(float(one.scaled(torch.ones(()), weight)))
+        assert one.finish_batch()
+    assert losses == [3.0, 1.0]
 
 
 def test_optimizers_that_step_side_by_side_are_one_step_of_the_run() -> None:

@@ -106,7 +106,10 @@ def test_loading_a_state_does_not_change_or_keep_it() -> None:
 
 
 def test_a_state_of_a_machine_with_accelerators_loads_without_them() -> None:
-    set_rng_state(rng_state() | {"cuda": [torch.zeros(16, dtype=torch.uint8)]})
+    kept = rng_state()
+    torch.rand(1)
+    set_rng_state(kept | {"cuda": [torch.zeros(16, dtype=torch.uint8)]})
+    assert torch.equal(rng_state()["torch"], kept["torch"])
 
 
 def test_encoding_and_decoding_are_inverse() -> None:

@@ -221,3 +221,11 @@ def test_many_saves_at_one_step_resume_from_the_last(tmp_path: Path) -> None:
 def test_a_word_that_is_no_way_to_resume_is_told_so(three: Checkpointer) -> None:
     with pytest.raises(ConfigError, match="resume='always' is neither 'auto', 'never', 'must'"):
         three.resume("always")
+
+
+def test_reading_only_passes_over_damage_and_renames_nothing(three: Checkpointer) -> None:
+    damage(three, 3)
+    before = names(three)
+    with pytest.warns(UserWarning, match="It is left there; trying the one before"):
+        assert step_of(three.resume("auto", read_only=True)) == 2
+    assert names(three) == before

@@ -308,3 +308,40 @@ def test_counting_the_steps_of_the_run_does_not_disturb_the_loader(tmp_path: Pat
         [range(12), range(12, 20)] * 2, recorded.weights, recorded.steps, strict=True
     ):
         assert_close(grads, by_hand(trainer, weights, samples))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_step_reads_nothing_back_from_the_device(tmp_path: Path, weighted: bool) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    read_back = torch.ops.aten._local_scalar_dense.default
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            self.count += func is read_back
+            return func(*args, **(kwargs or {}))
+
+    with Reads() as control:
+        torch.ones(1).item()
+    assert control.count == 1
+
+    reads = Reads()
+
+    class Steps(InOrder):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.net.parameters())  # on a CPU, Adam reads its step count
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            with reads:
+                loss = (self.net(batch["x"]) - batch["y"]).square().mean()
+                self.backward(loss, torch.tensor(2.0) if weighted else None)
+                return {"loss": loss, "norm": self.step()}
+
+    trainer = tiny(tmp_path, Steps, gradient_accumulation_steps=2, gradient_clip_val=0.5)
+    trainer.fit()
+    assert trainer.global_step > 1
+    assert reads.count == 0

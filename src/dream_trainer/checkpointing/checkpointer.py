@@ -177,8 +177,13 @@ class Checkpointer:
                 continue
             # Renamed only now: with none left, another start must fail again, not start afresh.
             for other, reason in damaged:
-                name = other.name if read_only else store.set_aside(other, "damaged").name
-                warnings.warn(f"{reason}\nIt is now {name}; trying the one before.", stacklevel=2)
+                # Another process may be using what this one is only allowed to read.
+                fate = (
+                    "is left there"
+                    if read_only
+                    else (f"is now {store.set_aside(other, 'damaged').name}")
+                )
+                warnings.warn(f"{reason}\nIt {fate}; trying the one before.", stacklevel=2)
             return stored
         if damaged:
             raise CheckpointError(
