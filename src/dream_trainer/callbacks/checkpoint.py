@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dream_trainer.callbacks.callback import Callback
 
@@ -24,7 +24,6 @@ class CheckpointCallback(Callback):
         self._clock = clock
         self._last_time = 0.0
         self._saved_at: tuple[int, int, bool] | None = None
-        self._results: tuple[int, Mapping[str, float]] = (-1, {})
 
     def pre_fit(self, trainer: BaseTrainer) -> None:
         """Start the clock."""
@@ -32,8 +31,7 @@ class CheckpointCallback(Callback):
         self._saved_at = self._place(trainer) if trainer.is_resumed else None
 
     def post_validation_epoch(self, trainer: BaseTrainer, results: Mapping[str, float]) -> None:
-        """Remember the monitored value."""
-        self._results = (trainer.global_step, results)
+        """Say so if the monitored value is not there."""
         monitor = trainer.checkpoint_parameters.monitor
         if monitor is not None and monitor not in results:
             warnings.warn(
@@ -52,15 +50,6 @@ class CheckpointCallback(Callback):
         if trainer.writes_run_directory and self._saved_at != self._place(trainer):
             self._save(trainer)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The last validation, which the checkpoint of an epoch's end is ranked by."""
-        step, results = self._results
-        return {"step": step, "results": dict(results)}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`."""
-        self._results = state_dict["step"], state_dict["results"]
-
     def _is_due(self, trainer: BaseTrainer) -> bool:
         parameters, progress = trainer.checkpoint_parameters, trainer.progress
         if not parameters.enable or self._saved_at == self._place(trainer):
@@ -77,9 +66,9 @@ class CheckpointCallback(Callback):
         return is_due
 
     def _save(self, trainer: BaseTrainer) -> None:
-        step, results = self._results
-        monitor = trainer.checkpoint_parameters.monitor
-        value: Any = results.get(monitor) if monitor and step == trainer.global_step else None
+        monitor, value = trainer.checkpoint_parameters.monitor, None
+        if monitor is not None and trainer.progress.last_validation_step == trainer.global_step:
+            value = trainer.validation_results.get(monitor)
         trainer.checkpointer.save(
             trainer.checked_state_dict(),
             step=trainer.global_step,

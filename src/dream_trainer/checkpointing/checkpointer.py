@@ -18,7 +18,11 @@ T = TypeVar("T")
 
 #: Parts of a state that differ from rank to rank; the rest is the same on every rank, or
 #: sharded over them.
-LOCAL = (("rng",), ("dataloaders",), ("trainer", "metrics"), ("trainer", "buffers"))
+LOCAL = (
+    ("rng",),
+    ("dataloaders",),
+    *(("trainer", name) for name in ("metrics", "buffers", "window", "logged")),
+)
 
 
 @dataclass(frozen=True)

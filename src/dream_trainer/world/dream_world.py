@@ -28,7 +28,7 @@ from dream_trainer.errors import ConfigError
 from dream_trainer.storage import Tree, all_gather, read_tree, save_directory, tensor_leaves
 from dream_trainer.world.component_state import gradients, unsharded_norm
 from dream_trainer.world.dream_fabric import DreamFabric
-from dream_trainer.world.gradient_sync import no_gradient_sync
+from dream_trainer.world.gradient_sync import fix_bucket_order, no_gradient_sync
 from dream_trainer.world.mesh_strategy import MeshStrategy, Parallelize
 from dream_trainer.world.strategy import fabric_arguments
 
@@ -217,7 +217,9 @@ class DreamWorld:
             strategy.module_to_device(module)
             return _FabricModule(module, strategy, original_module=module)
         if not isinstance(strategy, MeshStrategy) or parallelize is None:
-            return self._fabric.setup(module, *optimizers)
+            wrapped = self._fabric.setup(module, *optimizers)
+            fix_bucket_order(wrapped[0] if optimizers else wrapped)
+            return wrapped
         default, strategy.parallelize = strategy.parallelize, parallelize
         try:
             return self._fabric.setup(module, *optimizers)
