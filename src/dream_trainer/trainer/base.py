@@ -203,6 +203,7 @@ class BaseTrainer(AbstractTrainer):
             self._set_run_rng()
             self.loop.run()
             self.callbacks.post_fit(self)
+            self.checkpointer.wait()
         self._say_end()
 
     def validate(self) -> dict[str, float]:
@@ -485,6 +486,11 @@ class BaseTrainer(AbstractTrainer):
         self.window = AccumulationWindow(size, dp_size, self._sum_over_data_parallel)
         val = None if val is None else self._adopt(val, "val_dataloader")
         self.loop = FitLoop(self, train, val, self.window, self.clock)
+
+    def finish_saves(self) -> None:
+        """Wait for the save under way, if there is one, and report it if it failed."""
+        if self._is_prepared:
+            self.checkpointer.report(wait=True)
 
     def _restore(self, *, read_only: bool = True) -> None:
         """Once: continue from a checkpoint, if there is one."""
