@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 from pathlib import Path
@@ -12,7 +13,7 @@ from support import TinyTrainer, differences, exact_state, run_ranks, tiny
 
 from dream_trainer.callbacks import Callback
 from dream_trainer.checkpointing import CheckpointStore
-from dream_trainer.interruption import Interrupted
+from dream_trainer.interruption import Interrupted, Interruption
 
 # A run seeds the global streams.
 pytestmark = pytest.mark.may_leave("rng")
@@ -33,9 +34,8 @@ class Signals(Callback):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize(
-    "at_batch", [1, 2, 7, 15]
-)  # in a window, at its end, an epoch's, the run's
+# In a window, at its end, at that of an epoch, at that of the run.
+@pytest.mark.parametrize("at_batch", [1, 2, 7, 15])
 def test_the_batch_ends_and_is_saved(
     tmp_path: Path, at_batch: int, number: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,9 +93,9 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_batch(tmp_path: Path) -> 
     def rank(name: str, at_batch: int | None) -> Any:
         callbacks = {} if at_batch is None else {"s": Signals(at_batch, signal.SIGTERM, rank=1)}
         trainer = tiny(tmp_path, TinyTrainer, experiment=name, callbacks=callbacks, **OPTIONS)
-        # Asked after every batch, however fast they are.
         trainer.prepare()
-        trainer.loop.interruption._clock = lambda: 0.0
+        # Ten seconds a batch: they ask each other after every one.
+        trainer.loop.interruption = Interruption(trainer.world, itertools.count(0, 10).__next__)
         try:
             trainer.fit()
         except Interrupted:
