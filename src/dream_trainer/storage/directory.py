@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import shutil
 import uuid
@@ -158,6 +159,7 @@ def free_name(path: Path, reason: str) -> Path:
     return target
 
 
+@functools.cache  # reads files of the environment, at every save
 def _installed(package: str) -> str:
     try:
         return importlib.metadata.version(package)

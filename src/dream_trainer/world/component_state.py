@@ -112,14 +112,19 @@ def optimizer_state(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str,
 
 
 def optimizer_problems(
-    optimizer: Optimizer, state: Mapping[str, Any], names: Mapping[int, str]
+    optimizer: Optimizer,
+    state: Mapping[str, Any],
+    names: Mapping[int, str],
+    models: Mapping[str, nn.Module],
 ) -> list[str]:
     """What of a state does not fit an optimizer, one sentence each."""
     parameters = _parameters_by_name(optimizer, names)
+    added = _added_groups(optimizer, state, names, models)
+    parameters |= {name: p for group in added for name, p in group["params"].items()}
     saved = [name for group in state["param_groups"] for name in group["params"]]
     problems = [f"{name}: missing in the state" for name in parameters if name not in saved]
     problems += [f"{n}: in the state, not in the optimizer" for n in saved if n not in parameters]
-    if len(state["param_groups"]) != len(optimizer.param_groups):
+    if len(state["param_groups"]) != len(optimizer.param_groups) + len(added):
         problems.append(
             f"param_groups: {len(state['param_groups'])} in the state, "
             f"{len(optimizer.param_groups)} in the optimizer"
@@ -135,9 +140,17 @@ def optimizer_problems(
 
 
 def load_optimizer_state(
-    optimizer: Optimizer, state: Mapping[str, Any], names: Mapping[int, str]
+    optimizer: Optimizer,
+    state: Mapping[str, Any],
+    names: Mapping[int, str],
+    models: Mapping[str, nn.Module],
 ) -> None:
-    """Load the state of the parameters that fit, and the settings of the groups."""
+    """Load the state of the parameters that fit, and the settings of the groups.
+
+    Groups that were added while the run went on are added here, too.
+    """
+    for group in _added_groups(optimizer, state, names, models):
+        optimizer.add_param_group({**group, "params": list(group["params"].values())})
     parameters = _parameters_by_name(optimizer, names)
     indices = {name: index for index, name in enumerate(parameters)}
     entries = {
@@ -240,6 +253,24 @@ def gradients(optimizers: Iterable[Optimizer]) -> list[Tensor]:
         for group in optimizer.param_groups
         for parameter in group["params"]
         if parameter.grad is not None
+    ]
+
+
+def _added_groups(
+    optimizer: Optimizer,
+    state: Mapping[str, Any],
+    names: Mapping[int, str],
+    models: Mapping[str, nn.Module],
+) -> list[dict[str, Any]]:
+    """Groups that only the state has, of parameters that the optimizer does not have yet."""
+    own = _parameters_by_name(optimizer, names)
+    everyone = {names[id(p)]: p for model in models.values() for p in model.parameters()}
+    further = state["param_groups"][len(optimizer.param_groups) :]
+    if any(name in own or name not in everyone for group in further for name in group["params"]):
+        return []
+    return [
+        {**copy.deepcopy(group), "params": {name: everyone[name] for name in group["params"]}}
+        for group in further
     ]
 
 
