@@ -50,7 +50,7 @@ class ResumeReport:
     """Where the resumed run failed, if it did."""
 
     def __str__(self) -> str:
-        lines = [self._exact()] if self.is_exact else [*self._not_exact()]
+        lines = [self._exact()] if self.is_exact else self._not_exact()
         lines += [f"note: {note}" for note in self.notes]
         if self.traceback is not None:
             lines += ["", self.traceback.rstrip()]

@@ -126,8 +126,8 @@ class Runner:
         output.write_bytes(b"")
         sys.stdout.flush()
         sys.stderr.flush()
-        process.start()
         try:
+            process.start()
             # In turns: whoever inherited its pipes would keep join() waiting after its death.
             while process.exitcode is None and time.monotonic() - start < self.timeout:
                 process.join(0.05)
@@ -273,6 +273,8 @@ def _redirect(output: Path) -> None:
 
 def _kill_group(process: Any) -> None:
     """End a process and all that it has started."""
+    if process.pid is None:
+        return
     for kill in (partial(os.killpg, process.pid, signal.SIGKILL), process.kill):
         try:
             kill()

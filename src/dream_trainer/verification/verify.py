@@ -58,7 +58,8 @@ def verify_resume(
         timeout_seconds: what one process may take.
         start_method: how processes start. The default is ``"fork"``, with one thread in each; it
             is ``"spawn"``, which needs a trainer that can be imported, if this process has used
-            an accelerator or runs on macOS.
+            an accelerator or runs on macOS. Pass ``"spawn"`` where a fork fails for another
+            reason, autograd's threads on a machine with GPUs for example.
 
     Returns:
         Whether all runs agree; else the first difference and its likely cause.
