@@ -28,6 +28,7 @@ PROMISED = {
     "dream_trainer.checkpointing": ("Checkpointer",),
     "dream_trainer.callbacks": ("Callback",),
     "dream_trainer.cli": ("DreamCLI",),
+    "dream_trainer.verification": ("ResumeReport", "verify_resume"),
 }
 NAMES = [(module, name) for module, names in PROMISED.items() for name in names]
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         DreamTrainer,
         DreamTrainerConfig,
     )
+    from dream_trainer.verification import ResumeReport, verify_resume
     from dream_trainer.world import DreamFabric, DreamWorld, MeshStrategy
 
 __version__ = "0.1.0"
@@ -52,6 +53,7 @@ _HOMES = {
         "DreamTrainer",
         "DreamTrainerConfig",
     ),
+    "verification": ("ResumeReport", "verify_resume"),
     "world": ("DreamFabric", "DreamWorld", "MeshStrategy"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -76,7 +78,9 @@ __all__ = [
     "MetricLogger",
     "ProgressBar",
     "ResumableLoader",
+    "ResumeReport",
     "TrainingParameters",
+    "verify_resume",
 ]
 
 
