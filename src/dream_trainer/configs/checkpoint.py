@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from dream_trainer.errors import ConfigError
@@ -42,7 +42,12 @@ class CheckpointParameters:
     """``"auto"`` continues the newest whole checkpoint of this run if there is one,
     ``"never"`` starts a fresh run directory, ``"must"`` fails without one, a path takes that."""
     init_from: str | None = None
-    """A checkpoint whose model weights a fresh run starts from."""
+    """Where a fresh run takes its model weights from: a checkpoint or a run's directory of ours,
+    a file of ``fabric.save`` or ``torch.save``, a Lightning ``.ckpt``, or ``.safetensors``."""
+    init_rename: dict[str, str | int | None] = field(default_factory=dict)
+    """Beginnings of names in ``init_from`` and what stands there here; null leaves a part out."""
+    init_strict: bool = True
+    """Whether all of ``init_from`` must fit; if not, what fits is loaded and the rest reported."""
 
     def __post_init__(self) -> None:
         problems = [
@@ -59,5 +64,13 @@ class CheckpointParameters:
             problems.append(f"keep_last={self.keep_last}: the newest checkpoint must stay")
         if not (isinstance(self.keep_top_k, int) and self.keep_top_k >= 0):
             problems.append(f"keep_top_k={self.keep_top_k} is below 0")
+        if self.init_rename and self.init_from is None:
+            problems.append("init_rename is set and init_from is not: there is nothing to rename")
+        problems += [
+            f"init_rename: {old!r}: {new!r} is neither a name nor null"
+            for old, new in self.init_rename.items()
+            # Layers of a Sequential are numbers, and YAML reads them as such.
+            if not isinstance(new, (str, int, type(None))) or isinstance(new, bool)
+        ]
         if problems:
             raise ConfigError("checkpoint_parameters", problems)

@@ -2,7 +2,7 @@
 
 from dream_trainer.storage.atomic import atomic_file, write_text
 from dream_trainer.storage.collective import all_gather, on_rank_zero
-from dream_trainer.storage.dcp import Like, read_tree
+from dream_trainer.storage.dcp import Like, read_outline, read_parts, read_tree
 from dream_trainer.storage.directory import move_aside, save_directory
 from dream_trainer.storage.manifest import FORMAT_VERSION, Manifest
 from dream_trainer.storage.tree import Tree, TreePath, join, split, tensor_leaves
@@ -18,6 +18,8 @@ __all__ = [
     "join",
     "move_aside",
     "on_rank_zero",
+    "read_outline",
+    "read_parts",
     "read_tree",
     "save_directory",
     "split",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from dream_trainer.errors import ConfigError, StateError
 from dream_trainer.trainer.run_directory import record_config
+from dream_trainer.trainer.warm_start import load_weights
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
@@ -45,7 +46,7 @@ def restore(trainer: BaseTrainer, *, read_only: bool) -> None:
             f"({loaded.path.name}, saved {manifest.saved_at})"
         )
     elif parameters.init_from is not None:
-        _load_weights(trainer, parameters.init_from)
+        load_weights(trainer, parameters.init_from)
 
 
 def open_run_directory(trainer: BaseTrainer) -> None:
@@ -65,13 +66,3 @@ def open_run_directory(trainer: BaseTrainer) -> None:
         if changed:
             shown = ", ".join(changed[:4]) + (", ..." if len(changed) > 4 else "")
             world.print(f"the configuration is not the one this run had: {shown}; see config.yaml*")
-
-
-def _load_weights(trainer: BaseTrainer, path: str) -> None:
-    loaded = trainer.checkpointer.load(path, trainer.components.template())
-    weights = {"models": loaded.state.get("models", {})}
-    problems = [p for p in trainer.components.problems(weights) if p.startswith("models")]
-    if problems:
-        raise StateError(path, problems, "Fix the model, or leave out init_from.")
-    trainer.components.load_state_dict(weights)
-    trainer.world.print(f"weights from {path}")
