@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         MetricLogger,
         ProgressBar,
     )
-    from dream_trainer.checkpointing import Checkpointer
+    from dream_trainer.checkpointing import Checkpointer, export_checkpoint
     from dream_trainer.cli import DreamCLI
     from dream_trainer.configs import CheckpointParameters, DeviceParameters, TrainingParameters
     from dream_trainer.data import ResumableLoader
@@ -40,7 +40,7 @@ _HOMES = {
         "MetricLogger",
         "ProgressBar",
     ),
-    "checkpointing": ("Checkpointer",),
+    "checkpointing": ("Checkpointer", "export_checkpoint"),
     "cli": ("DreamCLI",),
     "configs": ("CheckpointParameters", "DeviceParameters", "TrainingParameters"),
     "data": ("ResumableLoader",),
@@ -77,6 +77,7 @@ __all__ = [
     "ProgressBar",
     "ResumableLoader",
     "TrainingParameters",
+    "export_checkpoint",
 ]
 
 

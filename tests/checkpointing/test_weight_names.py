@@ -81,6 +81,13 @@ def test_a_part_that_is_named_module_stays_where_the_models_have_one() -> None:
     assert places({"module.w": T}, own=("net.module.w",)) == {"net.module.w": "module.w"}
 
 
+def test_a_model_with_a_part_of_its_own_name_is_not_mixed_up_with_it() -> None:
+    own = ("net.net.w", "net.w")
+    for tree in ({"net.w": T, "w": T}, {"net.net.w": T, "net.w": T}, {"a": {"net.w": T, "w": T}}):
+        found = places(tree, own=own)
+        assert len(found["net.net.w"]) > len(found["net.w"])
+
+
 def test_two_state_dicts_are_not_guessed_between() -> None:
     tree = {"model": PLAIN, "ema": PLAIN}
     assert len(matched(tree).problems) == 4

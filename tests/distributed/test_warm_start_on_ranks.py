@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from dream_trainer.callbacks import Callback
+from dream_trainer.checkpointing import export_checkpoint
 from dream_trainer.errors import CheckpointError, StateError
 from dream_trainer.trainer.warm_start import load_weights
 
@@ -125,3 +126,18 @@ def test_a_file_that_one_rank_cannot_read_is_an_error_on_every_rank(tmp_path: Pa
 
 def _fails(*_: Any, **__: Any) -> None:
     raise OSError("this node has no such disk")
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["net.pt", "net.safetensors"])
+def test_a_checkpoint_of_two_ranks_is_exported_by_one_process(
+    tmp_path: Path, layout: str, name: str
+) -> None:
+    *_, final = on_ranks(tmp_path, layout, max_steps=2)[0]
+    path = export_checkpoint(tmp_path / "default" / "default" / layout, tmp_path / name)
+    if path.suffix == ".pt":
+        state = torch.load(path, weights_only=True)
+    else:
+        state = pytest.importorskip("safetensors.torch").load_file(path)
+    assert differences(flat({"net": state}), final) == []
+    mlp().load_state_dict(state)

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
+from typing import Any
 
 from torch import Tensor
 
@@ -127,16 +128,11 @@ def match(
     ordered = sorted(rules.values(), key=lambda rule: -len(rule[0]))
     # What is left out must not count when it is asked what all the others lie in.
     weights = _weights(found, noise, ordered)
+    model = models[0] if len(models) == 1 else None
     matched, taken = Matched(), dict[str, str]()
-    for weight in weights:
-        names = _renamed(weight, ordered)
-        if names is None:
-            continue
-        prefixed = [f"{model}.{name}" for model in models[:1] for name in names]
-        candidates = [*names, *(prefixed if len(models) == 1 else [])]
-        target = next((name for name in candidates if name in own), None)
-        shown = weight.name + ("" if names[0] == weight.name else f" (as {names[0]})")
-        if target is None:
+    for weight, renamed, target in _targets(weights, ordered, own, model):
+        shown = weight.name + ("" if renamed == weight.name else f" (as {renamed})")
+        if target not in own:
             if not weight.is_loose:
                 matched.problems.append(f"{shown}: in the file, not in a model")
         elif target in taken:
@@ -145,6 +141,30 @@ def match(
             taken[target] = shown
             matched.places[target] = weight.place
     return matched
+
+
+def _targets(
+    weights: Sequence[_Weight], rules: Sequence[_Rule], own: Collection[str], model: str | None
+) -> Iterator[tuple[_Weight, str, str]]:
+    """Each weight that is not left out, what it is renamed to, and the own name that this means.
+
+    What one rule concerns is read in one way: as named in full, without names that all lie in, or
+    as part of the only model; the way that finds most. Name by name, ``net.w`` of a model
+    ``net`` that has a part ``net`` could mean either.
+    """
+    groups: dict[Any, list[tuple[_Weight, list[str]]]] = {}
+    for weight in weights:
+        rule, names = _renamed(weight, rules)
+        if names:
+            ways = [*names, *(f"{model}.{name}" for name in names if model is not None)]
+            groups.setdefault((rule, weight.is_loose), []).append((weight, ways))
+    for group in groups.values():
+        counts = [
+            sum(name in own for name in way) for way in zip(*(w for _, w in group), strict=True)
+        ]
+        chosen = counts.index(max(counts))
+        for weight, ways in group:
+            yield weight, ways[0], ways[chosen]
 
 
 @dataclass(frozen=True)
@@ -191,15 +211,15 @@ def _clean(name: str, noise: frozenset[str]) -> Parts:
     return tuple(part for part in name.split(".") if part and part not in noise)
 
 
-def _renamed(weight: _Weight, rules: Sequence[_Rule]) -> list[str] | None:
-    """What a weight may be called; None if it is left out."""
+def _renamed(weight: _Weight, rules: Sequence[_Rule]) -> tuple[_Rule | None, list[str]]:
+    """The rule that concerns a weight, and what it may be called; nothing if it is left out."""
     for old, new in rules:
         # The empty prefix means the state dict itself, not what it lies in.
         for variant in weight.variants if old else weight.variants[-1:]:
             if variant[: len(old)] == old:
                 rest = variant[len(old) :]
-                return None if new is None else [".".join((new, *rest) if new else rest)]
-    return [".".join(variant) for variant in weight.variants]
+                return (old, new), [] if new is None else [".".join((new, *rest) if new else rest)]
+    return None, [".".join(variant) for variant in weight.variants]
 
 
 def _near(old: str, weights: Sequence[_Weight]) -> str:
