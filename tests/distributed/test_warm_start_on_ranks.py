@@ -10,6 +10,11 @@ import torch
 from support import TinyTrainer, differences, flat, mlp, run_ranks, tiny
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 from dream_trainer.callbacks import Callback
 from dream_trainer.checkpointing import export_checkpoint
@@ -68,6 +73,25 @@ def test_every_rank_starts_from_the_weights_of_a_file(tmp_path: Path, layout: st
         assert is_sharded == (layout == "fsdp")
         assert differences(before, flat({"net": dict(source().state_dict())})) == []
         assert after != before
+
+
+class InTwoDimensions(TinyTrainer):
+    def apply_tensor_parallel(self, model: Any, mesh: Any) -> None:
+        parallelize_module(model, mesh, {"0": ColwiseParallel(), "3": RowwiseParallel()})
+
+
+def test_a_file_is_spread_over_a_mesh_of_two_dimensions(tmp_path: Path) -> None:
+    torch.save(source().state_dict(), tmp_path / "weights.pt")
+
+    def rank() -> dict[str, Any]:
+        sizes = {"devices": 4, "dp_replicate": 1, "dp_shard": 2, "tensor_parallel": 2}
+        trainer = tiny(tmp_path, InTwoDimensions, enable=False, **sizes)
+        trainer.state_dict()  # sets it up
+        load_weights(trainer, str(tmp_path / "weights.pt"))
+        return flat(trainer.state_dict()["models"])
+
+    for found in run_ranks(4, rank):
+        assert differences(found, flat({"net": dict(source().state_dict())})) == []
 
 
 @pytest.mark.parametrize(

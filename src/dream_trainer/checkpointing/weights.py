@@ -99,10 +99,14 @@ def _read_torch(path: Path) -> Tree:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it holds a {found[1]}" if found else "it holds more than tensors and plain data"
         raise CheckpointError(
             str(path),
-            [f"{what}, which loading would have to unpickle, and a pickle can run code"],
+            [
+                f"it holds a {found[1]}, which loading would have to unpickle, and a pickle can "
+                "run code"
+                if found
+                else "it is damaged, or holds more than tensors and plain data, which can run code"
+            ],
             "It was not loaded. Where you trust it, save its weights alone: "
             "torch.save(model.state_dict(), file).",
         ) from None
