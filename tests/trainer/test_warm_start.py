@@ -359,7 +359,7 @@ def test_what_cannot_be_read_is_an_error_that_names_it(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
-    (tmp_path / "junk.pt").write_bytes(pickle.dumps([1, 2]))
+    (tmp_path / "junk.pt").write_bytes(pickle.dumps([1, 2], protocol=2))
     cut = torch_state_dict(tmp_path)
     cut.write_bytes(cut.read_bytes()[:700])
     messages = {
