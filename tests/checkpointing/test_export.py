@@ -48,8 +48,10 @@ def finished(root: Path, kind: type[TinyTrainer] = TinyTrainer) -> tuple[Path, A
     return root / "default" / "default" / "done", trainer
 
 
-def saved(root: Path, state: dict[str, Any]) -> Path:
-    return Checkpointer(root / "checkpoints").save(state, step=7, epoch=1)
+def saved(root: Path, state: dict[str, Any], step: int = 7) -> Path:
+    path = root / "checkpoints" / f"step-{step:08d}"
+    Checkpointer(root / "checkpoints").write(path, state, step=step)
+    return path
 
 
 def read(path: Path) -> Any:
@@ -59,7 +61,9 @@ def read(path: Path) -> Any:
 
 
 @pytest.mark.parametrize("name", ["net.safetensors", "net.pt", "deep/net.pth"])
-@pytest.mark.parametrize("place", ["", "checkpoints", "checkpoints/step-00000002"])
+@pytest.mark.parametrize(
+    "place", ["", "checkpoints", "checkpoints/step-00000002", "checkpoints/newest"]
+)
 def test_the_file_of_one_model_is_its_state_dict(tmp_path: Path, name: str, place: str) -> None:
     run, trainer = finished(tmp_path)
     path = export_checkpoint(run / place, str(tmp_path / name))
@@ -208,7 +212,7 @@ def test_others_can_read_the_file_as_the_umask_says(tmp_path: Path, suffix: str)
 def test_a_damaged_checkpoint_is_not_exported_and_a_run_falls_back(tmp_path: Path) -> None:
     state = {"net": mlp().state_dict()}
     saved(tmp_path, state)
-    newest = Checkpointer(tmp_path / "checkpoints").save(state, step=8)
+    newest = saved(tmp_path, state, step=8)
     data = next(newest.glob("*.distcp"))
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
