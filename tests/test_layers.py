@@ -20,7 +20,7 @@ LAYERS = (
     ("trainer.abstract",),  # and every other part that the trainers are made of
     ("loop",),
     ("callbacks",),
-    ("loggers", "checkpointing", "data"),
+    ("loggers", "checkpointing", "data", "interruption"),
     ("world",),
     ("storage",),
     ("configs", "progress", "accumulation", "metrics", "randomness"),

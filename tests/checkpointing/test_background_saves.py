@@ -286,8 +286,8 @@ def test_a_run_that_fails_completes_the_save_under_way(
 ) -> None:
     trainer = tiny(tmp_path, Stops, every_n_steps=3, every_n_epochs=None)
     may_write = hold(monkeypatch, sys.modules["dream_trainer.storage.directory"], "write_tree")
-    monkeypatch.setattr(trainer, "finish_saves", lambda: (may_write.set(), finish()))
-    finish = type(trainer).finish_saves.__get__(trainer)
+    release = trainer.release
+    monkeypatch.setattr(trainer, "release", lambda: (may_write.set(), release()))
     with pytest.raises(RuntimeError, match="of the user's own"):
         trainer.fit()
     assert [one.manifest.step for one in trainer.checkpointer.store.list()] == [3]

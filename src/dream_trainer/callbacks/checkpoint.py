@@ -62,6 +62,16 @@ class CheckpointCallback(Callback):
             self._save(trainer)
             trainer.checkpointer.wait()
 
+    def on_interrupt(self, trainer: BaseTrainer) -> None:
+        """Save, if the signal let the batch under way end."""
+        is_asked_for = trainer.writes_run_directory and trainer.checkpoint_parameters.on_interrupt
+        if not (is_asked_for and trainer.is_interrupted_between_batches):
+            return
+        if self._saved_at != self._place(trainer):
+            self._save(trainer)
+            trainer.checkpointer.wait()
+        trainer.world.print(f"saved at step {trainer.global_step}; the same command goes on")
+
     def _is_due(self, trainer: BaseTrainer) -> bool:
         parameters, progress = trainer.checkpoint_parameters, trainer.progress
         if not parameters.enable or self._saved_at == self._place(trainer):
@@ -70,6 +80,8 @@ class CheckpointCallback(Callback):
         is_due = every_steps is not None and progress.num_steps % every_steps == 0
         if not progress.in_epoch and every_epochs is not None:
             is_due |= progress.epoch % every_epochs == 0
+        if parameters.after_validation:
+            is_due |= progress.last_validation_step == progress.num_steps
         if parameters.every_n_minutes is not None:
             # Ranks' clocks differ; acting on their own they would wait for each other for ever.
             # Costs a broadcast per step, with this trigger only.
@@ -97,4 +109,4 @@ class CheckpointCallback(Callback):
 
     def _place(self, trainer: BaseTrainer) -> tuple[int, int, bool]:
         progress = trainer.progress
-        return progress.num_steps, progress.epoch, progress.in_epoch
+        return progress.num_batches, progress.epoch, progress.in_epoch

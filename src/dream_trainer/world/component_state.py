@@ -98,8 +98,12 @@ def optimizer_state(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str,
     """State and parameter groups with parameters by name instead of by index."""
     state = optimizer.state_dict()
     by_index = _names_by_index(optimizer, names)
+    own = state["state"]
     return {
-        "state": {by_index[index]: dict(entry) for index, entry in state["state"].items()},
+        # Optimizers may keep more than torch's two entries, and state that is no parameter's.
+        **{key: value for key, value in state.items() if key not in ("state", "param_groups")},
+        "state": {by_index[i]: dict(own[i]) for i in own if i in by_index},
+        "other_state": {key: value for key, value in own.items() if key not in by_index},
         "param_groups": [
             {**group, "params": [by_index[index] for index in group["params"]]}
             for group in state["param_groups"]
@@ -145,13 +149,34 @@ def load_optimizer_state(
     groups = copy.deepcopy(optimizer.state_dict()["param_groups"])
     for own, saved in zip(groups, state["param_groups"], strict=False):
         own.update({k: copy.deepcopy(v) for k, v in saved.items() if k != "params"})
-    optimizer.load_state_dict({"state": entries, "param_groups": groups})
+    known = ("state", "other_state", "param_groups")
+    rest = {key: copy.deepcopy(value) for key, value in state.items() if key not in known}
+    other = copy.deepcopy(dict(state.get("other_state", {})))
+    optimizer.load_state_dict({**rest, "state": {**other, **entries}, "param_groups": groups})
     for name, index in indices.items():
         loaded = optimizer.state.get(parameters[name], {})
         for key, value in entries.get(index, {}).items():
             if isinstance(value, Tensor) and loaded[key].dtype != value.dtype:
                 # torch gives it the parameter's type, which can have fewer digits.
                 loaded[key] = value.to(loaded[key].device)
+
+
+def frozen_parameters(models: Mapping[str, nn.Module]) -> list[str]:
+    """Names of the parameters that need no gradient; a callback may have frozen them."""
+    return [
+        f"{model_name}.{clean_name(name)}"
+        for model_name, model in models.items()
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad
+    ]
+
+
+def set_frozen_parameters(models: Mapping[str, nn.Module], names: Iterable[str]) -> None:
+    """The inverse of `frozen_parameters`: the others need a gradient."""
+    frozen = set(names)
+    for model_name, model in models.items():
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(f"{model_name}.{clean_name(name)}" not in frozen)
 
 
 def gradients_by_name(
