@@ -25,7 +25,7 @@ PROMISED = {
     "dream_trainer.configs": ("DeviceParameters", "TrainingParameters", "CheckpointParameters"),
     "dream_trainer.world": ("DreamWorld", "DreamFabric", "MeshStrategy"),
     "dream_trainer.data": ("ResumableLoader",),
-    "dream_trainer.checkpointing": ("Checkpointer",),
+    "dream_trainer.checkpointing": ("Checkpointer", "export_checkpoint"),
     "dream_trainer.callbacks": ("Callback",),
     "dream_trainer.cli": ("DreamCLI",),
     "dream_trainer.verification": ("ResumeReport", "verify_resume"),

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         MetricLogger,
         ProgressBar,
     )
-    from dream_trainer.checkpointing import Checkpointer
+    from dream_trainer.checkpointing import Checkpointer, export_checkpoint
     from dream_trainer.cli import DreamCLI
     from dream_trainer.configs import CheckpointParameters, DeviceParameters, TrainingParameters
     from dream_trainer.data import ResumableLoader
@@ -41,7 +41,7 @@ _HOMES = {
         "MetricLogger",
         "ProgressBar",
     ),
-    "checkpointing": ("Checkpointer",),
+    "checkpointing": ("Checkpointer", "export_checkpoint"),
     "cli": ("DreamCLI",),
     "configs": ("CheckpointParameters", "DeviceParameters", "TrainingParameters"),
     "data": ("ResumableLoader",),
@@ -80,6 +80,7 @@ __all__ = [
     "ResumableLoader",
     "ResumeReport",
     "TrainingParameters",
+    "export_checkpoint",
     "verify_resume",
 ]
 

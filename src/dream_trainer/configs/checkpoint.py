@@ -50,7 +50,12 @@ class CheckpointParameters:
     """What may differ from the checkpoint although it ends exactness: ``"seed"``,
     ``"dataset_length"``."""
     init_from: str | None = None
-    """A checkpoint whose model weights a fresh run starts from."""
+    """Where a fresh run takes its model weights from: a checkpoint or a run's directory of ours,
+    a file of ``fabric.save`` or ``torch.save``, a Lightning ``.ckpt``, or ``.safetensors``."""
+    init_rename: dict[str, str | int | None] = field(default_factory=dict)
+    """Beginnings of names in ``init_from`` and what stands there here; null leaves a part out."""
+    init_strict: bool = True
+    """Whether all of ``init_from`` must fit; if not, what fits is loaded and the rest reported."""
 
     def __post_init__(self) -> None:
         problems = [
@@ -70,6 +75,14 @@ class CheckpointParameters:
         unknown = [name for name in self.allow_changed if name not in _CHANGEABLE]
         problems += [
             f"allow_changed: {name!r} is none of {', '.join(_CHANGEABLE)}" for name in unknown
+        ]
+        if self.init_rename and self.init_from is None:
+            problems.append("init_rename is set and init_from is not: there is nothing to rename")
+        problems += [
+            f"init_rename: {old!r}: {new!r} is neither a name nor null"
+            for old, new in self.init_rename.items()
+            # Layers of a Sequential are numbers, and YAML reads them as such.
+            if not isinstance(new, (str, int, type(None))) or isinstance(new, bool)
         ]
         if problems:
             raise ConfigError("checkpoint_parameters", problems)

@@ -2,7 +2,7 @@
 
 from dream_trainer.storage.atomic import atomic_file, write_text
 from dream_trainer.storage.collective import Group, all_gather, on_rank_zero
-from dream_trainer.storage.dcp import Like, flatten, read_tree
+from dream_trainer.storage.dcp import Like, flatten, read_outline, read_parts, read_tree
 from dream_trainer.storage.directory import free_name, move_aside, save_directory
 from dream_trainer.storage.manifest import FORMAT_VERSION, Manifest
 from dream_trainer.storage.staging import StagedState, StagingBuffers, address
@@ -25,6 +25,8 @@ __all__ = [
     "join",
     "move_aside",
     "on_rank_zero",
+    "read_outline",
+    "read_parts",
     "read_tree",
     "save_directory",
     "split",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 from dream_trainer.errors import ConfigError, StateError
 from dream_trainer.storage import on_rank_zero
 from dream_trainer.trainer.run_directory import record_config
+from dream_trainer.trainer.warm_start import load_weights
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
@@ -49,7 +50,7 @@ def restore(trainer: BaseTrainer, *, read_only: bool) -> None:
             f"({loaded.path.name}, saved {manifest.saved_at})"
         )
     elif parameters.init_from is not None:
-        _load_weights(trainer, parameters.init_from)
+        load_weights(trainer, parameters.init_from)
 
 
 def lock_run_directory(trainer: BaseTrainer, *, create: bool) -> None:
@@ -99,13 +100,3 @@ def _on_rank_zero(trainer: BaseTrainer, function: Callable[[], T]) -> T:
             ) from error
 
     return on_rank_zero(guarded, trainer.world.rank, trainer.world.size)
-
-
-def _load_weights(trainer: BaseTrainer, path: str) -> None:
-    loaded = trainer.checkpointer.load(path, trainer.components.template())
-    weights = {"models": loaded.state.get("models", {})}
-    problems = [p for p in trainer.components.problems(weights) if p.startswith("models")]
-    if problems:
-        raise StateError(path, problems, "Fix the model, or leave out init_from.")
-    trainer.components.load_state_dict(weights)
-    trainer.world.print(f"weights from {path}")
