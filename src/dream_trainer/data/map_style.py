@@ -163,15 +163,16 @@ class _Keys:
 
     def __init__(self, asks_for: Callable[[int, Sequence[Any]], list[Key] | Key]) -> None:
         self._asks_for = asks_for
-        self._epoch, self.num_left = 0, 0
+        self._epoch = self._length = self.num_left = 0
         self._shares: Iterator[Share] | None = None
 
     def start(self, epoch: int, shares: Iterator[Share], num_batches: int) -> None:
         """Say what comes next."""
-        self._epoch, self._shares, self.num_left = epoch, shares, num_batches
+        self._epoch, self._shares = epoch, shares
+        self._length = self.num_left = num_batches
 
     def __len__(self) -> int:
-        return self.num_left
+        return self._length
 
     def __iter__(self) -> Iterator[list[Key] | Key]:
         shares, self._shares = self._shares, None
