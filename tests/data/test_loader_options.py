@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import multiprocessing
 import os
 import random
 from collections.abc import Iterator
@@ -206,6 +207,17 @@ class Bulk(Numbers):
 
 class Pairs(BatchSampler):
     """One of a user's own."""
+
+
+def test_closing_ends_the_workers_that_persist_and_reading_starts_new_ones() -> None:
+    one = resumable(DataLoader(Numbers(), 2, num_workers=2, persistent_workers=True))
+    before = take(one, 2)
+    assert len(multiprocessing.active_children()) == 2
+    one.close()
+    assert multiprocessing.active_children() == []
+    one.close()
+    assert before + epoch_of(one) == epoch_of(resumable(DataLoader(Numbers(), 2)))
+    one.close()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ import torch
 from support import Points, TinyTrainer, run_ranks, tiny
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, Sampler
 
+from dream_trainer.configs import DeviceParameters, TrainingParameters
 from dream_trainer.errors import ConfigError
+from dream_trainer.trainer.loaders import adopt_loader, count_training_steps
+from dream_trainer.world import DreamWorld
 
 pytestmark = pytest.mark.distributed
 
@@ -214,6 +218,35 @@ def test_a_sampler_that_draws_gives_every_rank_the_same_order(tmp_path: Path) ->
 
     first, second = on_ranks(tmp_path, loader)
     assert len(first[0]) == len(second[0]) == 1
+
+
+def test_drop_last_drops_what_does_not_fill_a_step_on_any_ranks_alike() -> None:
+    """Adopted with the run's parameters, as a train loader; others drop batches of all ranks."""
+
+    def rank(name: str, batch_size: int, num_samples: int) -> Any:
+        world = DreamWorld(
+            DeviceParameters(accelerator="cpu", devices=int(os.environ["WORLD_SIZE"]))
+        )
+        world.launch()
+        parameters = TrainingParameters(n_epochs=1, global_batch_size=8)
+        loader = DataLoader(Points(num_samples), batch_size, drop_last=True)
+        try:
+            adopted = adopt_loader(loader, name, world, 3, parameters)
+        except ConfigError as error:
+            return str(error)
+        steps = count_training_steps(adopted, parameters, world.dp_size)
+        return [batch["index"].tolist() for batch in adopted], steps
+
+    (one,) = run_ranks(1, rank, "train_dataloader", 2, 21)
+    two = run_ranks(2, rank, "train_dataloader", 2, 21)
+    assert [steps for _, steps in (one, *two)] == [2, 2, 2]
+    pairs = zip(*(batches for batches, _ in two), strict=True)
+    joined = [index for pair in pairs for batch in pair for index in batch]
+    assert joined == [index for batch in one[0] for index in batch] == list(range(16))
+    ((batches, _),) = run_ranks(1, rank, "val_dataloader", 2, 21)
+    assert len(batches) == 10
+    (text,) = run_ranks(1, rank, "train_dataloader", 2, 7)
+    assert "it has no batches (batch_size 2, 1 ranks, 7 samples, global_batch_size 8)" in text
 
 
 @pytest.mark.parametrize("phase", ["train", "val"])

@@ -14,6 +14,7 @@ exhaustive = settings(
     max_examples=200,
     deadline=None,
     derandomize=True,
+    print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 #: Batches to take with so many ranks and such a batch size, before the run is interrupted.

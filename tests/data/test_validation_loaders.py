@@ -123,18 +123,20 @@ def test_each_validation_reads_the_same_interrupted_or_not(
         ).config
         return Validates(config, LOADERS[name])
 
-    straight = trainer("straight")
-    straight.fit()
+    def fit(trainer: Any) -> Any:
+        trainer.fit()
+        trainer.loop.val_loader.close()
+        return trainer
+
+    straight = fit(trainer("straight"))
     sanity, first, *others = straight.validations
     assert sanity == first[:2] + sanity[len(first[:2]) :]
     assert len(first) == (limit or NUM_BATCHES)
     assert len(others) == 3
     assert all(other == first for other in others)
 
-    stopped = trainer("cut", max_steps=3)
-    stopped.fit()
-    resumed = trainer("cut")
-    resumed.fit()
+    stopped = fit(trainer("cut", max_steps=3))
+    resumed = fit(trainer("cut"))
     assert resumed.validations[1:] == [first] * (4 - len(stopped.validations[1:]))
     assert rows(resumed) == rows(straight)
 

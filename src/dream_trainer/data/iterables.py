@@ -87,6 +87,9 @@ class IterableReader:
                 self._first = copy.deepcopy(self._loader.state_dict())
         self._is_rewound = self._first is not None
 
+    def close(self) -> None:
+        """See `Reader`. Here workers end with their epoch."""
+
     def state(self) -> dict[str, Any]:
         """See `Reader`."""
         state: dict[str, Any] = {"rank": self._place.rank, "size": self._place.size}

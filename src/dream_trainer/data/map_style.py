@@ -60,6 +60,12 @@ class MapStyleReader:
     def rewind(self) -> None:
         """See `Reader`."""
 
+    def close(self) -> None:
+        """See `Reader`."""
+        loader, self._torch_loader = self._torch_loader, None
+        if loader is not None:
+            getattr(vars(loader)["_iterator"], "_shutdown_workers", bool)()
+
     def state(self) -> dict[str, Any]:
         """See `Reader`."""
         return {}

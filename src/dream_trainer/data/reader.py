@@ -53,6 +53,9 @@ class Reader(Protocol):
     def rewind(self) -> None:
         """The first epoch is to be read again, as if nothing had been read."""
 
+    def close(self) -> None:
+        """End worker processes that persist."""
+
     def state(self) -> dict[str, Any]:
         """What continuing needs beside epoch and position."""
 

@@ -159,6 +159,13 @@ class ResumableLoader:
         self._start_epoch(0)
         self._reader.rewind()
 
+    def close(self) -> None:
+        """End worker processes that persist; position and state stay, and reading starts new ones.
+
+        Left to the garbage collector, each would be waited for several seconds.
+        """
+        self._reader.close()
+
     def num_samples_ahead(self, num_batches: int) -> list[int] | None:
         """Samples over all ranks in each of the next batches, as far as the epoch goes.
 

@@ -31,26 +31,30 @@ def adopt_loader(
         name: what the user calls it, for errors.
         world: the ranks.
         seed: fixes order and draws.
-        parameters: of the train loader, for the samples of a step.
+        parameters: with a ``global_batch_size``, ``drop_last`` of the train loader drops what
+            does not fill a step.
 
     Raises:
         ConfigError: ranks disagree on its length or order, there is nothing to train on or to
             validate with, or it is in use already.
     """
     adopted = loader if isinstance(loader, ResumableLoader) else ResumableLoader(loader)
+    samples_per_step = None
+    if parameters is not None and name == "train_dataloader":
+        samples_per_step = parameters.global_batch_size
     _reserve(adopted, name)
     adopted.attach(
         seed=seed,
         rank=world.dp_rank,
         size=world.dp_size,
         any_rank=world.any if world.size > 1 else bool,
-        samples_per_step=parameters.global_batch_size if parameters else None,
+        samples_per_step=samples_per_step,
     )
     _check_agreement(adopted, name, world)
     if adopted.num_batches == 0 and name in _OF_A_RUN:
         raise ConfigError(
             name,
-            [_why_empty(adopted, world, parameters)],
+            [_why_empty(adopted, world, samples_per_step)],
             "Use more samples, a smaller batch, or drop_last=False."
             + (" None instead of a loader means no validation." if name.startswith("val") else ""),
         )
@@ -104,12 +108,10 @@ def _claimed(loader: ResumableLoader) -> int | None:
         return None
 
 
-def _why_empty(
-    loader: ResumableLoader, world: DreamWorld, parameters: TrainingParameters | None
-) -> str:
+def _why_empty(loader: ResumableLoader, world: DreamWorld, samples_per_step: int | None) -> str:
     why = f"batch_size {loader.batch_size}, {world.dp_size} ranks, {loader.length} samples"
-    if parameters is not None and parameters.global_batch_size is not None:
-        why += f", global_batch_size {parameters.global_batch_size}"
+    if samples_per_step is not None:
+        why += f", global_batch_size {samples_per_step}"
     return f"it has no batches ({why})"
 
 
