@@ -38,6 +38,7 @@ def draw(generator: Any) -> float:
 KINDS: dict[str, Callable[[], Any]] = {
     "random": random.Random,
     "numpy": np.random.default_rng,
+    "numpy, PCG64DXSM": lambda: np.random.Generator(np.random.PCG64DXSM()),
     "numpy, Philox": lambda: np.random.Generator(np.random.Philox()),
     "numpy, legacy": np.random.RandomState,
     "torch": lambda: torch.Generator().manual_seed(random.SystemRandom().getrandbits(40)),
@@ -234,6 +235,16 @@ def test_in_the_main_process_a_generator_is_left_as_it_was(kind: str) -> None:
     take(one, 1)
     epoch_of(one)
     assert draw(generator) == expected
+
+
+def test_a_generator_that_replaces_another_is_seeded_from_the_next_epoch_on() -> None:
+    data = Noisy(closure(random.Random()))
+    one = resumable(DataLoader(data, 4))
+    whole = [epoch_of(one), epoch_of(one)]
+    one.rewind()
+    first = epoch_of(one)
+    data.transforms["train"] = [closure(random.Random())]
+    assert [first, epoch_of(one)] == whole
 
 
 def test_a_generator_of_the_collate_fn_is_fixed_by_the_first_sample() -> None:
@@ -472,3 +483,23 @@ def test_the_workers_of_an_iterable_data_set_draw_differently() -> None:
     one = resumable(DataLoader(Shards(np.random.default_rng()), batch_size=None, num_workers=2))
     draws = [noise for _, noise in epoch_of(one)]
     assert len(set(draws)) == len(draws) == 12
+
+
+def test_the_generator_of_the_loader_of_an_iterable_data_set_is_left_alone() -> None:
+    def make(generator: torch.Generator) -> ResumableLoader:
+        loader = DataLoader(Global(), batch_size=3, num_workers=1, generator=generator)
+        return resumable(loader)
+
+    generator = torch.Generator().manual_seed(5)
+    before = generator.get_state()
+    one, other = make(generator), make(torch.Generator().manual_seed(6))
+    whole = [epoch_of(one), epoch_of(one)]
+    assert [epoch_of(other), epoch_of(other)] == whole
+    assert whole[0] != whole[1]
+    assert torch.equal(generator.get_state(), before)
+
+
+class Global(IterableDataset[float]):
+    def __iter__(self) -> Iterator[float]:
+        for _ in range(6):
+            yield random.random()

@@ -70,8 +70,7 @@ def seed_generators(generators: Sequence[OwnGenerator], seed: int) -> None:
         if isinstance(generator, torch.Generator):
             generator.manual_seed(number)
         elif isinstance(generator, np.random.Generator):
-            bits: Any = generator.bit_generator
-            bits.state = type(bits)(number).state
+            _seed_bits(generator.bit_generator, number)
         elif isinstance(generator, np.random.RandomState):
             generator.seed(number & 0xFFFFFFFF)
         else:
@@ -87,6 +86,22 @@ def preserved_generators(generators: Sequence[OwnGenerator]) -> Iterator[None]:
     finally:
         for generator, state in zip(generators, states, strict=True):
             _set_state(generator, state)
+
+
+def _seed_bits(bits: Any, seed: int) -> None:
+    kind = type(bits)
+    if kind not in (np.random.PCG64, np.random.PCG64DXSM):
+        bits.state = kind(seed).state
+        return
+    # What default_rng gives. Making one, as for the others, takes as long as ten such seeds.
+    state = derive(seed, 0) << 64 | derive(seed, 1)
+    increment = derive(seed, 2) << 64 | derive(seed, 3) | 1  # must be odd
+    bits.state = {
+        "bit_generator": kind.__name__,
+        "state": {"state": state, "inc": increment},
+        "has_uint32": 0,
+        "uinteger": 0,
+    }
 
 
 def _state(generator: OwnGenerator) -> Any:
