@@ -58,6 +58,15 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none")
+def bench(session: nox.Session) -> None:
+    """Run the benchmarks, or those named after `--`; they print tables and assert nothing."""
+    found = sorted((ROOT / "tests" / "benchmarks").glob("bench_*.py"))
+    for path in found:
+        if not session.posargs or path.stem.removeprefix("bench_") in session.posargs:
+            run_in_dev(session, "python", str(path), OMP_NUM_THREADS="1")
+
+
+@nox.session(venv_backend="none")
 def lint(session: nox.Session) -> None:
     """Check style and formatting with ruff."""
     run_in_dev(session, "ruff", "check", *session.posargs)
