@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dream_trainer.checkpointing.background import BackgroundSave, stepped_tensors
+from dream_trainer.checkpointing.lookup import checkpoint_to_resume, verified
 from dream_trainer.checkpointing.store import CheckpointStore, StoredCheckpoint
 from dream_trainer.configs import CheckpointParameters
-from dream_trainer.errors import CheckpointError, ConfigError
+from dream_trainer.errors import CheckpointError
 from dream_trainer.storage import (
     Group,
     Like,
@@ -171,10 +172,7 @@ class Checkpointer:
         """
         self.report(wait=True)
 
-        def check() -> StoredCheckpoint:
-            return self._verified(Path(path))
-
-        return self._read(self._on_rank_zero(check), like)
+        return self._read(self._on_rank_zero(lambda: verified(Path(path))), like)
 
     def resume(
         self, resume: str = "auto", like: Like | None = None, *, read_only: bool = False
@@ -197,7 +195,9 @@ class Checkpointer:
             CheckpointError: the path, or every checkpoint, is damaged.
         """
         self.report(wait=True)
-        stored = self._on_rank_zero(lambda: self._choose(resume, read_only))
+        stored = self._on_rank_zero(
+            lambda: checkpoint_to_resume(self.store, self.parameters, resume, read_only=read_only)
+        )
         return None if stored is None else self._read(stored, like)
 
     def _commit(
@@ -229,67 +229,6 @@ class Checkpointer:
             "monitor": self.parameters.monitor,
             "monitored": _as_json(monitored),
         }
-
-    def _choose(self, resume: str, read_only: bool) -> StoredCheckpoint | None:
-        store = self.store
-        if not read_only:
-            store.clean()
-        paths = store.paths()
-        if resume == "never":
-            if paths:
-                raise ConfigError(
-                    "checkpoint_parameters",
-                    [f"resume='never', but {store.directory} has {len(paths)} checkpoints"],
-                    "Choose another experiment name, or resume='auto' to continue this one.",
-                )
-            return None
-        is_word = Path(resume).name == resume and not Path(resume).exists()
-        if resume not in ("auto", "must") and is_word:
-            raise ConfigError(
-                "checkpoint_parameters",
-                [f"resume={resume!r} is neither 'auto', 'never', 'must' nor a checkpoint"],
-                "Give the path of a checkpoint, runs/.../checkpoints/step-... .",
-            )
-        if resume not in ("auto", "must"):
-            stored = self._verified(Path(resume))
-            if not read_only:
-                store.set_aside_after(stored.path)
-            return stored
-        damaged: list[tuple[Path, CheckpointError]] = []
-        for path in reversed(paths):
-            try:
-                stored = self._verified(path)
-            except CheckpointError as error:
-                damaged.append((path, error))
-                continue
-            # Renamed only now: with none left, another start must fail again, not start afresh.
-            for other, reason in damaged:
-                # Another process may be using what this one is only allowed to read.
-                fate = (
-                    "is left there"
-                    if read_only
-                    else (f"is now {store.set_aside(other, 'damaged').name}")
-                )
-                warnings.warn(f"{reason}\nIt {fate}; trying the one before.", stacklevel=2)
-            return stored
-        if damaged:
-            raise CheckpointError(
-                str(store.directory),
-                [f"{path.name}: {one}" for path, why in damaged for one in why.problems],
-                "No whole checkpoint is left. Move the directory away to start afresh.",
-            )
-        if resume == "must":
-            raise ConfigError(
-                "checkpoint_parameters",
-                [f"resume='must', but there is no checkpoint in {store.directory}"],
-                "Check project, group and experiment, or use resume='auto'.",
-            )
-        return None
-
-    def _verified(self, path: Path) -> StoredCheckpoint:
-        manifest = Manifest.read(path)
-        manifest.verify(path)
-        return StoredCheckpoint(path, manifest)
 
     def _read(self, stored: StoredCheckpoint, like: Like | None) -> LoadedCheckpoint:
         shared, local = read_tree(stored.path, like, rank=self.world.rank)

@@ -42,7 +42,8 @@ def restore(trainer: BaseTrainer, *, read_only: bool) -> None:
                 str(loaded.path),
                 error.problems,
                 "It is of another model, seed or data. Nothing was changed: put them back, choose "
-                "another experiment, or start from its weights with init_from.",
+                "another experiment, or start from its weights with init_from. Another seed or "
+                "length of the data can be allowed by name (checkpoint_parameters.allow_changed).",
             ) from error
         manifest = loaded.manifest
         trainer.world.print(
