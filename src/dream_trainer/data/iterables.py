@@ -198,13 +198,15 @@ class IterableReader:
         if resumed is None and self._is_rewound:
             resumed = copy.deepcopy(self._first), None
         self._is_rewound = False
+        inner, stream = resumed or (None, None)
         if resumed is not None:
-            inner, self._stream = resumed
             loader.load_state_dict(inner)
-        if self._stream is None:
-            self._start_stream(epoch)
+        self._start_stream(epoch)
         with self._own_stream():
-            return iter(loader)
+            iterator: Iterator[Any] = iter(loader)
+        # What opening draws, a seed for workers perhaps, was drawn before the state was taken.
+        self._stream = self._stream if stream is None else stream
+        return iterator
 
     def _start_stream(self, epoch: int) -> None:
         with preserved():
