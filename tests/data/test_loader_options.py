@@ -339,8 +339,13 @@ class ByLength(DataLoader[Any]):
         return (next(batches) for _ in range(len(self)))
 
 
+class AsksTheData(DataLoader[Any]):
+    def __iter__(self) -> Any:
+        return (batch + 0 * self.dataset.length for batch in super().__iter__())  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("kind", [Doubles, LooksAhead, ByLength])
+@pytest.mark.parametrize("kind", [Doubles, LooksAhead, ByLength, AsksTheData])
 def test_an_iter_of_the_users_is_used_and_continues(
     kind: type[DataLoader[Any]], workers: int
 ) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -90,39 +89,36 @@ class EpochOrder:
 
     def _asked(self, epoch: int) -> Sequence[Any]:
         seed = derive(self._seed, epoch)
-        with preserved(), self._fresh() as source:
+        source = part = self._fresh()
+        own = own_generators(source, apart=_SHARED)
+        with preserved(), preserved_generators(own):
             seed_cpu(seed)
-            seed_generators(own_generators(source, apart=_SHARED), seed)
-            part = source
+            seed_generators(own, seed)
             while part is not None:
                 if hasattr(part, "set_epoch"):
                     part.set_epoch(epoch)
                 part = getattr(part, "sampler", None)
             return self._read_out(source)
 
-    @contextmanager
-    def _fresh(self) -> Iterator[Any]:
-        """The sampler in the state that the user left it in; iterating must not add to that."""
+    def _fresh(self) -> Any:
+        """The sampler as the user left it, to iterate over: what that changes must not add up."""
         source = self._source
-        copied = None
-        if type(source) not in _UNCHANGED and self._may_copy:
-            shared = {id(one): one for one in reachable(source, apart=_SHARED)}
-            memo = {key: one for key, one in shared.items() if isinstance(one, _SHARED)}
-            memo[id(self._dataset)] = self._dataset
-            try:
-                copied = copy.deepcopy(source, memo)
-            except Exception as error:  # noqa: BLE001 - a user's __deepcopy__ may raise anything
-                self._may_copy = False
-                warnings.warn(
-                    f"{type(source).__name__} cannot be copied ({error}). If iterating over it "
-                    "changes it, a continued run reads in another order.",
-                    stacklevel=2,
-                )
-        if copied is not None:
-            yield copied
-            return
-        with preserved_generators(own_generators(source, apart=_SHARED)):
-            yield source
+        if type(source) in _UNCHANGED or not self._may_copy:
+            return source
+        memo = {
+            id(one): one for one in reachable(source, apart=_SHARED) if isinstance(one, _SHARED)
+        }
+        memo[id(self._dataset)] = self._dataset
+        try:
+            return copy.deepcopy(source, memo)
+        except Exception as error:  # noqa: BLE001 - a user's __deepcopy__ may raise anything
+            self._may_copy = False
+            warnings.warn(
+                f"{type(source).__name__} cannot be copied ({error}). If iterating over it "
+                "changes it, a continued run reads in another order.",
+                stacklevel=2,
+            )
+            return source
 
     def _read_out(self, source: Any) -> Sequence[Any]:
         limit = max(_ENDLESS, 10 * _length(self._dataset), _length(source))

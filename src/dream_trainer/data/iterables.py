@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dream_trainer.data.own_generators import own_generators, seed_generators
-from dream_trainer.data.reader import HandedOut
+from dream_trainer.data.reader import HandedOut, Reader
 from dream_trainer.data.sample_seeding import StartIterableWorker
 from dream_trainer.data.sampling import Place
 from dream_trainer.randomness import (
@@ -27,7 +27,7 @@ from dream_trainer.randomness import (
 )
 
 
-class IterableReader:
+class IterableReader(Reader):
     """Reads a loader with ``state_dict``, a sequence of batches, or any other iterable.
 
     Args:
@@ -52,25 +52,15 @@ class IterableReader:
         self.attach(Place())
 
     def attach(self, place: Place) -> None:
-        """See `Reader`."""
         self._place = place
 
     def num_batches(self, epoch: int) -> int | None:
-        """See `Reader`."""
         return self.length(epoch)
 
     def length(self, epoch: int) -> int | None:
-        """See `Reader`."""
         return len(self._loader) if self._is_sequence else None
 
-    def checksum(self, epoch: int) -> None:
-        """See `Reader`."""
-
-    def num_samples_ahead(self, epoch: int, position: int, num_batches: int) -> None:
-        """See `Reader`."""
-
     def start_epoch(self) -> None:
-        """See `Reader`."""
         if self._is_resumed and self._before_peek is not None:
             # Left in mid-epoch, as the loader of a run without interruption was.
             self._loader.load_state_dict(self._before_peek[0])
@@ -79,7 +69,7 @@ class IterableReader:
         self._stream = self._before_peek = None
 
     def rewind(self) -> None:
-        """See `Reader`. A loader with a state goes back to that of its first rewind."""
+        # A loader with a state goes back to the one it had at its first rewind.
         if not self._has_state:
             return
         if self._first is None and not self._was_opened:
@@ -87,11 +77,7 @@ class IterableReader:
                 self._first = copy.deepcopy(self._loader.state_dict())
         self._is_rewound = self._first is not None
 
-    def close(self) -> None:
-        """See `Reader`. Here workers end with their epoch."""
-
     def state(self) -> dict[str, Any]:
-        """See `Reader`."""
         state: dict[str, Any] = {"rank": self._place.rank, "size": self._place.size}
         if self._has_state:
             inner, stream = self._before_peek or (self._loader.state_dict(), self._stream)
@@ -99,8 +85,7 @@ class IterableReader:
             state["stream"] = None if stream is None else encode_state(stream)
         return state
 
-    def problems(self, state: Mapping[str, Any], position: int) -> list[str]:
-        """See `Reader`."""
+    def problems(self, state: Mapping[str, Any]) -> list[str]:
         name = type(self._loader).__name__
         if self._has_state and "loader" not in state:
             return [f"the state is of a loader without state_dict, {name} has one"]
@@ -108,10 +93,9 @@ class IterableReader:
             return [f"the state is of a loader with state_dict, {name} has none"]
         return []
 
-    def load(self, state: Mapping[str, Any], position: int) -> None:
-        """See `Reader`."""
+    def load(self, state: Mapping[str, Any]) -> None:
         place = self._place
-        if position and state.get("size", place.size) != place.size:
+        if state["position"] and state.get("size", place.size) != place.size:
             warnings.warn(
                 f"rank {place.rank} of {place.size} continues where rank {state['rank']} of "
                 f"{state['size']} was in its own iterable, which nobody divides anew: of this "
@@ -129,7 +113,6 @@ class IterableReader:
     def read(
         self, epoch: int, position: int, *, looks_ahead: bool
     ) -> Generator[HandedOut, None, None]:
-        """See `Reader`."""
         iterator = self._open(epoch, position)
         peeks = looks_ahead and not self._is_sequence
         nothing = object()
@@ -198,13 +181,15 @@ class IterableReader:
         if resumed is None and self._is_rewound:
             resumed = copy.deepcopy(self._first), None
         self._is_rewound = False
+        inner, stream = resumed or (None, None)
         if resumed is not None:
-            inner, self._stream = resumed
             loader.load_state_dict(inner)
-        if self._stream is None:
-            self._start_stream(epoch)
+        self._start_stream(epoch)
         with self._own_stream():
-            return iter(loader)
+            iterator: Iterator[Any] = iter(loader)
+        # What opening draws, a seed for workers perhaps, was drawn before the state was taken.
+        self._stream = self._stream if stream is None else stream
+        return iterator
 
     def _start_stream(self, epoch: int) -> None:
         with preserved():

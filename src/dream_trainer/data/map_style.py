@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,13 +11,13 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader
 
 from dream_trainer.data.own_generators import preserved_generators
-from dream_trainer.data.reader import HandedOut
+from dream_trainer.data.reader import HandedOut, Reader
 from dream_trainer.data.sample_seeding import Key, SeededCollate, SeededDataset, StartMapWorker
 from dream_trainer.data.sampling import Place, SamplingPlan, Share
 from dream_trainer.randomness import derive, preserved
 
 
-class MapStyleReader:
+class MapStyleReader(Reader):
     """Reads a ``DataLoader`` with a map-style data set.
 
     Args:
@@ -32,55 +32,31 @@ class MapStyleReader:
         self.attach(Place())
 
     def attach(self, place: Place) -> None:
-        """See `Reader`."""
         self._place = place
         self._plan = SamplingPlan(self._loader, place)
         self._keys = _Keys(self._asks_for())
         self._torch_loader: DataLoader[Any] | None = None
 
     def num_batches(self, epoch: int) -> int:
-        """See `Reader`."""
         return self._plan.num_batches(epoch)
 
     def length(self, epoch: int) -> int:
-        """See `Reader`."""
         return self._plan.length(epoch)
 
     def checksum(self, epoch: int) -> int | None:
-        """See `Reader`."""
         return self._plan.checksum(epoch)
 
     def num_samples_ahead(self, epoch: int, position: int, num_batches: int) -> list[int]:
-        """See `Reader`."""
         return self._plan.num_samples_ahead(epoch, position, num_batches)
 
-    def start_epoch(self) -> None:
-        """See `Reader`."""
-
-    def rewind(self) -> None:
-        """See `Reader`."""
-
     def close(self) -> None:
-        """See `Reader`."""
         loader, self._torch_loader = self._torch_loader, None
         if loader is not None:
             getattr(vars(loader)["_iterator"], "_shutdown_workers", bool)()
 
-    def state(self) -> dict[str, Any]:
-        """See `Reader`."""
-        return {}
-
-    def problems(self, state: Mapping[str, Any], position: int) -> list[str]:
-        """See `Reader`."""
-        return []
-
-    def load(self, state: Mapping[str, Any], position: int) -> None:
-        """See `Reader`."""
-
     def read(
         self, epoch: int, position: int, *, looks_ahead: bool
     ) -> Generator[HandedOut, None, None]:
-        """See `Reader`."""
         left = self._plan.num_batches(epoch, position)
         if not left:
             return

@@ -210,7 +210,6 @@ class ResumableLoader:
             StateError: the state is of another kind of loader, or of a seed or length that differs
                 and is not allowed to.
         """
-        epoch, position = state_dict["epoch"], state_dict["position"]
         problems = self._problems_of_kind(state_dict)
         differences = {} if problems else self._differences(state_dict)
         refused = [name for name in differences if name not in allow]
@@ -227,9 +226,9 @@ class ResumableLoader:
             self._seed = state_dict["seed"]
             self._place = replace(self._place, seed=self._seed)
             self._reader.attach(self._place)
-        self._start_epoch(epoch)
-        self._position = position
-        self._reader.load(state_dict, position)
+        self._start_epoch(state_dict["epoch"])
+        self._position = state_dict["position"]
+        self._reader.load(state_dict)
 
     def _problems_of_kind(self, state: Mapping[str, Any]) -> list[str]:
         unit = self._reader.unit
@@ -238,7 +237,7 @@ class ResumableLoader:
                 f"the state counts {state['unit']}, this loader {unit}: "
                 "it was saved from another kind of loader"
             ]
-        return self._reader.problems(state, state["position"])
+        return self._reader.problems(state)
 
     def _differences(self, state: Mapping[str, Any]) -> dict[str, str]:
         found = {}

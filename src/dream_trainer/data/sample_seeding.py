@@ -67,6 +67,12 @@ class SeededDataset(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def __getattr__(self, name: str) -> Any:
+        # A loader's own __iter__ looks for the user's attributes on the data set.
+        if name.startswith("_") or name in ("dataset", "seeds"):
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
     def __getitem__(self, key: Key) -> tuple[Key, Any]:
         if self.seeds is not None:
             self.seeds.seed(key[0], _number(key[1]))
