@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -17,18 +17,15 @@ from dream_trainer.checkpointing.store import CheckpointStore, StoredCheckpoint
 from dream_trainer.configs import CheckpointParameters
 from dream_trainer.errors import CheckpointError
 from dream_trainer.storage import (
-    Group,
     Like,
     Manifest,
+    Ranks,
     StagingBuffers,
     flatten,
-    on_rank_zero,
     read_tree,
     save_directory,
 )
 from dream_trainer.world import DreamWorld
-
-T = TypeVar("T")
 
 #: Parts of a state that differ from rank to rank; the rest is the same on every rank, or
 #: sharded over them.
@@ -107,16 +104,16 @@ class Checkpointer:
         """
         self.report(wait=True)
         entries = flatten(*split_local(state), rank=self.world.rank)
-        path = self._on_rank_zero(lambda: self.store.path_for(step))
+        path = self.world.ranks.on_zero(lambda: self.store.path_for(step))
         facts = self._facts(step, epoch, monitored)
         if not self.parameters.async_save:
-            self._commit(path, entries, facts)
+            self._commit(path, entries, facts, self.world.ranks)
             return path
-        optimizers, group = tuple(optimizers), self.world.background_group()
+        optimizers, ranks = tuple(optimizers), self.world.background_ranks()
         staged = self._buffers.stage(entries, stepped_tensors(optimizers))
 
         def commit() -> None:
-            self._commit(path, staged.entries, facts, group, staged.wait)
+            self._commit(path, staged.entries, facts, ranks, staged.wait)
 
         self._under_way = BackgroundSave(staged, commit, optimizers)
         return path
@@ -156,9 +153,8 @@ class Checkpointer:
         """Commit a checkpoint under a path of one's own; it is there when this returns."""
         self.report(wait=True)
         entries = flatten(*split_local(state), rank=self.world.rank)
-        rank, size = self.world.rank, self.world.size
         facts = self._facts(step, epoch, monitored)
-        save_directory(Path(path), entries, rank=rank, world_size=size, **facts)
+        save_directory(Path(path), entries, self.world.ranks, **facts)
 
     def load(self, path: str | Path, like: Like | None = None) -> LoadedCheckpoint:
         """Verify and read one checkpoint.
@@ -172,7 +168,7 @@ class Checkpointer:
         """
         self.report(wait=True)
 
-        return self._read(self._on_rank_zero(lambda: verified(Path(path))), like)
+        return self._read(self.world.ranks.on_zero(lambda: verified(Path(path))), like)
 
     def resume(
         self, resume: str = "auto", like: Like | None = None, *, read_only: bool = False
@@ -195,7 +191,7 @@ class Checkpointer:
             CheckpointError: the path, or every checkpoint, is damaged.
         """
         self.report(wait=True)
-        stored = self._on_rank_zero(
+        stored = self.world.ranks.on_zero(
             lambda: checkpoint_to_resume(self.store, self.parameters, resume, read_only=read_only)
         )
         return None if stored is None else self._read(stored, like)
@@ -205,13 +201,12 @@ class Checkpointer:
         path: Path,
         entries: Mapping[str, Tensor],
         facts: Mapping[str, Any],
-        group: Group = None,
+        ranks: Ranks,
         ready: Callable[[], object] = bool,
     ) -> None:
-        """Write, then tidy up. In the background with a process group of its own."""
-        rank, size = self.world.rank, self.world.size
-        save_directory(path, entries, rank=rank, world_size=size, group=group, ready=ready, **facts)
-        on_rank_zero(lambda: self.store.prune(self.parameters), rank, size, group)
+        """Write, then tidy up."""
+        save_directory(path, entries, ranks, ready, **facts)
+        ranks.on_zero(lambda: self.store.prune(self.parameters))
 
     def _outcome(self, wait: bool) -> CheckpointError | None:
         """Why the save under way failed; None if it did not, or is not done."""
@@ -233,9 +228,6 @@ class Checkpointer:
     def _read(self, stored: StoredCheckpoint, like: Like | None) -> LoadedCheckpoint:
         shared, local = read_tree(stored.path, like, rank=self.world.rank)
         return LoadedCheckpoint(join_local(shared, local), stored.manifest, stored.path)
-
-    def _on_rank_zero(self, function: Callable[[], T]) -> T:
-        return on_rank_zero(function, self.world.rank, self.world.size)
 
 
 def split_local(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
