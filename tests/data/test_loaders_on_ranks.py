@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from support import Points, TinyTrainer, run_ranks, tiny
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, Sampler
 
 from dream_trainer.configs import DeviceParameters, TrainingParameters
+from dream_trainer.data import ResumableLoader
 from dream_trainer.errors import ConfigError
 from dream_trainer.trainer.loaders import adopt_loader, count_training_steps
 from dream_trainer.world import DreamWorld
@@ -209,6 +211,23 @@ def test_a_sampler_that_divides_by_rank_itself_is_refused(
         assert steps == 0
         assert "the ranks have different orders (checksums) (rank 0: " in text
         assert "Let the sampler give all samples, as with one rank" in text
+
+
+def test_a_loader_that_fabric_has_wrapped_is_refused_where_it_would_repeat_an_epoch() -> None:
+    def rank() -> str:
+        fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
+        fabric.launch()
+        in_order = fabric.setup_dataloaders(DataLoader(range(4)))  # type: ignore[arg-type]
+        assert [batch.item() for batch in ResumableLoader(in_order)] == [
+            fabric.global_rank,
+            2 + fabric.global_rank,
+        ]
+        shuffled = fabric.setup_dataloaders(DataLoader(range(4), shuffle=True))  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="counts the epochs that it shuffles by from 0"):
+            ResumableLoader(shuffled)
+        return "refused"
+
+    assert run_ranks(2, rank) == ["refused", "refused"]
 
 
 def test_a_sampler_that_draws_gives_every_rank_the_same_order(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from types import GeneratorType
 from typing import Any
 
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
 from dream_trainer.data.iterables import IterableReader
 from dream_trainer.data.map_style import MapStyleReader
@@ -267,7 +267,18 @@ def _refuse_chance(loader: Any) -> None:
     Raises:
         ConfigError: with all problems at once.
     """
-    if not isinstance(loader, DataLoader) or hasattr(loader, "state_dict"):
+    if hasattr(loader, "state_dict"):
+        return
+    if not isinstance(loader, DataLoader):
+        sampler = getattr(loader, "sampler", None)
+        if isinstance(sampler, DistributedSampler) and sampler.shuffle:
+            # Fabric's wrapper does: a continued run would shuffle as its first epoch did.
+            raise ConfigError(
+                type(loader).__name__,
+                ["it counts the epochs that it shuffles by from 0 in every process"],
+                "Hand over the DataLoader itself, not what setup_dataloaders made of it: it is "
+                "divided over the ranks, and batches are moved to the device, all the same.",
+            )
         return
     problems = []
     if loader.num_workers and not getattr(loader, "in_order", True):
