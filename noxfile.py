@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import random
 import shutil
 import sys
 import tempfile
@@ -55,6 +56,15 @@ def tests(session: nox.Session) -> None:
     """Run the tests; arguments after `--` go to pytest."""
     # One thread each: ranks started side by side would otherwise fight over the cores.
     run_in_dev(session, "python", "-m", "pytest", *session.posargs, OMP_NUM_THREADS="1")
+
+
+@nox.session(venv_backend="none")
+def faults(session: nox.Session) -> None:
+    """Kill runs at every step and at random instants (ten minutes); FAULTS_SEED repeats a draw."""
+    seed = os.environ.get("FAULTS_SEED") or str(random.randrange(1_000_000))
+    session.log(f"FAULTS_SEED={seed}")
+    command = ["python", "-m", "pytest", "-v", "-m", "", "tests/faults", *session.posargs]
+    run_in_dev(session, *command, OMP_NUM_THREADS="1", FAULTS_SEED=seed)
 
 
 @nox.session(venv_backend="none")
