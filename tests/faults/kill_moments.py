@@ -79,7 +79,7 @@ class Trigger:
     def strike(self) -> None:
         self._number = 0  # the report's own events are none
         thread = threading.current_thread().name
-        self._report.write_text(f"{thread}\n" + "".join(traceback.format_stack()[-12:-2]))
+        self._report.write_text(f"{thread}\n" + "".join(traceback.format_stack()[-9:-2]))
         os.kill(os.getpid(), signal.SIGKILL)
 
     def mark(self) -> None:

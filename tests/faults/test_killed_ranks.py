@@ -61,3 +61,13 @@ def test_one_of_two_inside_a_save(
     job = Job(tmp_path, "killed", "both", rng.choice([0, 2]), ranks=2)
     killed_alone(job, f"in-save:{rng.randint(ends[save] + 1, ends[save + 1])}:{rank}")
     assert_same_end(job.finish(), straight("both", 2), job)
+
+
+@pytest.mark.parametrize(
+    "step", [pytest.param(n, marks=[pytest.mark.faults] * (n != 4)) for n in range(2, 7)]
+)
+def test_three_ranks(step: int, tmp_path: Path, straight: Callable[..., End]) -> None:
+    # Sums of three depend on the order, which DDP's buckets decide; sums of two do not.
+    job = Job(tmp_path, "killed", ranks=3)
+    job.killed(f"step:{step}:*")
+    assert_same_end(job.finish(), straight("both", 3), job)
