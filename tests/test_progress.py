@@ -11,7 +11,8 @@ def train_epoch(progress: Progress, batches: int, window: int) -> None:
         is_window_end = batch % window == 0 or batch == batches
         if is_window_end:
             progress.finish_step()
-        progress.finish_batch(is_window_end=is_window_end)
+        progress.finish_batch(is_window_end=is_window_end, is_last=batch == batches)
+        progress.close_step()
     progress.finish_train_epoch()
 
 
@@ -20,6 +21,7 @@ def test_counters_of_two_epochs() -> None:
     for _ in range(2):
         train_epoch(progress, batches=5, window=2)
         progress.finish_validation()
+        progress.close_epoch()
         progress.finish_epoch()
     assert asdict(progress) == {
         "num_steps": 6,
@@ -31,7 +33,10 @@ def test_counters_of_two_epochs() -> None:
         "local_batches": 10,
         "seconds": 0.0,
         "in_epoch": False,
+        "is_step_open": False,
+        "last_batch_finished": False,
         "train_epoch_finished": False,
+        "is_epoch_closing": False,
         "last_validation_step": 6,
     }
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ class AccumulationWindow:
         self._planned = size
         self._num_batches = 0
         self._num_samples: int | None = None
+        self._num_samples_used = 0
         self._scale = 1.0
         self._is_filler = False
         self.is_accumulating = self.is_in_batch = False
@@ -55,6 +56,7 @@ class AccumulationWindow:
         if self._num_batches == 0:
             self._plan(loader)
         self._num_batches += 1
+        self._num_samples_used += loader.num_samples_all_ranks or 0
         self.is_in_batch = True
         self._num_backwards = self._num_backwards_stepped = 0
         self._stepping = self._weights
@@ -75,7 +77,7 @@ class AccumulationWindow:
         self.is_in_batch = False
         if self.is_accumulating:
             return False
-        self._num_batches = 0
+        self._num_batches = self._num_samples_used = 0
         self._weights.clear()
         self._is_weighted = None
         return True
@@ -124,6 +126,29 @@ class AccumulationWindow:
         total = self._sum_over_ranks(total.detach())
         # Nothing counted: the gradients are zero, and 0 / 0 would make them NaN.
         return torch.where(total == 0, total, self._dp_size / total)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the rest of the window depends on; nothing between windows. Differs by rank."""
+        if not self._num_batches:
+            return {}
+        return {
+            "planned": self._planned,
+            "num_batches": self._num_batches,
+            "num_samples": self._num_samples,
+            "num_samples_used": self._num_samples_used,
+            "is_weighted": self._is_weighted,
+            "weights": list(self._weights),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on inside a window, or between windows with an empty state."""
+        self._num_batches = state_dict.get("num_batches", 0)
+        self.is_accumulating = self._num_batches > 0
+        self._planned = state_dict.get("planned", self.size)
+        self._num_samples = state_dict.get("num_samples")
+        self._num_samples_used = state_dict.get("num_samples_used", 0)
+        self._is_weighted = state_dict.get("is_weighted")
+        self._weights = list(state_dict.get("weights", ()))
 
     def count_step(self, optimizer: str) -> bool:
         """An optimizer stepped.

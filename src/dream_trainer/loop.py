@@ -59,7 +59,9 @@ class FitLoop:
     def run(self) -> None:
         """Train until a limit is reached or `stop` was called."""
         self._last_time = self._clock()
-        while not self.is_done:
+        if self.trainer.progress.is_step_open:
+            self.finish_step()  # the checkpoint lies between a step and its validation
+        while not self.is_done or self._has_epoch_to_finish:
             self.train_epoch()
             if not self.trainer.progress.train_epoch_finished:
                 return  # stopped inside the epoch; a later run goes on from there
@@ -92,7 +94,6 @@ class FitLoop:
         if progress.train_epoch_finished:
             return
         self.train_loader.set_epoch(progress.epoch)
-        self.validate_if_due()  # the checkpoint may lie between a step and its validation
         # Done by a limit, with batches left over: the epoch stays open for a later run.
         if not self._epoch_has_steps_left or self._train_batches():
             self._require_steps()
@@ -113,7 +114,7 @@ class FitLoop:
                     if not self._epoch_has_steps_left:
                         return True
                     if self.is_done:
-                        return self.train_loader.is_last is True
+                        return self.trainer.progress.last_batch_finished
         if not self.trainer.progress.num_batches_in_epoch:
             # Epochs without batches would follow each other for ever.
             raise RuntimeError(
@@ -153,7 +154,7 @@ class FitLoop:
             trainer.logged = logged
         trainer.logged.add(*observation(result, loader.num_samples), prefix="train/")
         is_window_end = self.window.finish_batch()
-        progress.finish_batch(is_window_end=is_window_end)
+        progress.finish_batch(is_window_end=is_window_end, is_last=loader.is_last is True)
         trainer.callbacks.post_train_step(trainer, result, batch, batch_idx)
         return is_window_end
 
@@ -161,6 +162,7 @@ class FitLoop:
         """After a window: validation if due, then the moment to save."""
         self._count_seconds()
         self.validate_if_due()
+        self.trainer.progress.close_step()
         self.trainer.callbacks.on_boundary(self.trainer)
         self.trainer.logged.take()  # if nobody else did
 
@@ -171,7 +173,9 @@ class FitLoop:
         is_due = every is not None and (progress.epoch + 1) % every == 0
         if is_due and progress.last_validation_step != progress.num_steps:
             self.validate()
-        trainer.callbacks.post_epoch(trainer)
+        if not progress.is_epoch_closing:
+            progress.close_epoch()
+            trainer.callbacks.post_epoch(trainer)
         progress.finish_epoch()
         self._count_seconds()
         trainer.callbacks.on_boundary(trainer)
@@ -193,6 +197,7 @@ class FitLoop:
         limit = trainer.training_parameters.val_steps_per_epoch
         results = self.evaluate(self.val_loader, trainer.validation_step, "val", limit)
         if trainer.is_fitting:
+            trainer.validation_results = results
             trainer.progress.finish_validation()
         trainer.callbacks.post_validation_epoch(trainer, results)
         return results
@@ -278,6 +283,13 @@ class FitLoop:
     def _epoch_has_steps_left(self) -> bool:
         limit = self.trainer.training_parameters.train_steps_per_epoch
         return limit is None or self.trainer.progress.num_steps_in_epoch < limit
+
+    @property
+    def _has_epoch_to_finish(self) -> bool:
+        """Whether an epoch is trained, but its end was not reached when the run was killed."""
+        progress = self.trainer.progress
+        is_trained = progress.last_batch_finished or progress.train_epoch_finished
+        return progress.in_epoch and (is_trained or not self._epoch_has_steps_left)
 
     def _count_seconds(self) -> None:
         now = self._clock()

@@ -51,6 +51,14 @@ class LoggedValues:
         for name, value in values.items():
             self._observations.setdefault(prefix + name, []).append((_kept(value), weight))
 
+    def state_dict(self) -> Observations:
+        """What was added and not taken. Differs by rank."""
+        return {name: list(entries) for name, entries in self._observations.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Iterable[tuple[Value, Value]]]) -> None:
+        """The inverse of `state_dict`."""
+        self._observations = {name: list(entries) for name, entries in state_dict.items()}
+
     def take(self) -> Observations:
         """Hand over what was added, and start anew."""
         taken, self._observations = self._observations, {}

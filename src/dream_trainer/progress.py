@@ -37,8 +37,14 @@ class Progress:
     """Training time over all restarts, in seconds, by rank 0's clock."""
     in_epoch: bool = False
     """Whether ``pre_epoch`` of the epoch under way was called."""
+    is_step_open: bool = False
+    """Whether the validation and ``on_boundary`` of the last step are still to come."""
+    last_batch_finished: bool = False
+    """Whether the last batch of the epoch under way is finished, as far as is known."""
     train_epoch_finished: bool = False
     """Whether ``post_train_epoch`` of the epoch under way was called."""
+    is_epoch_closing: bool = False
+    """Whether ``post_epoch`` of the epoch under way was called."""
     last_validation_step: int = -1
     """Value of ``num_steps`` at the last finished validation."""
 
@@ -46,8 +52,9 @@ class Progress:
         """An epoch begins."""
         self.in_epoch = True
 
-    def finish_batch(self, *, is_window_end: bool) -> None:
+    def finish_batch(self, *, is_window_end: bool, is_last: bool = False) -> None:
         """A batch went through ``training_step``."""
+        self.is_step_open, self.last_batch_finished = is_window_end, is_last
         self.num_batches += 1
         self.num_batches_in_epoch += 1
         self.local_batches += 1
@@ -58,6 +65,16 @@ class Progress:
         self.num_steps += 1
         self.num_steps_in_epoch += 1
 
+    def close_step(self) -> None:
+        """Only ``on_boundary`` of the step is still to be called."""
+        self.is_step_open = False
+
+    def take_back(self, num_batches: int) -> None:
+        """Finished batches are to be done again."""
+        self.num_batches -= num_batches
+        self.num_batches_in_epoch -= num_batches
+        self.num_batches_in_window = 0
+
     def finish_train_epoch(self) -> None:
         """The epoch's training batches are used up."""
         self.train_epoch_finished = True
@@ -66,11 +83,16 @@ class Progress:
         """A validation ran to its end."""
         self.last_validation_step = self.num_steps
 
+    def close_epoch(self) -> None:
+        """Training and validation of an epoch are over; ``post_epoch`` is called."""
+        self.is_epoch_closing = True
+
     def finish_epoch(self) -> None:
-        """Training and validation of an epoch are over."""
+        """The next epoch comes."""
         self.epoch += 1
         self.num_batches_in_epoch = self.num_steps_in_epoch = 0
         self.in_epoch = self.train_epoch_finished = False
+        self.last_batch_finished = self.is_epoch_closing = False
 
     def state_dict(self) -> dict[str, Any]:
         """The counters as plain data, without those of this process alone."""

@@ -29,7 +29,7 @@ def store(tmp_path: Path) -> CheckpointStore:
 
 
 def names(store: CheckpointStore) -> list[str]:
-    return sorted(path.name for path in store.directory.iterdir())
+    return sorted(path.name for path in store.directory.iterdir() if not path.is_symlink())
 
 
 def steps(store: CheckpointStore) -> list[int]:

@@ -168,7 +168,7 @@ def portable(trainer: Any) -> dict[str, Any]:
     state = trainer.state_dict()
     parts = ("models", "optimizers", "schedulers", "callbacks", "trainer")
     whole = flat({part: state[part] for part in parts})
-    own = ("/trainer/progress/seconds", "/trainer/metrics", "/trainer/world_size")
+    own = ("/trainer/progress/seconds", "/trainer/metrics", "/trainer/layout")
     return {path: value for path, value in whole.items() if not path.startswith(own)}
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from dream_trainer.errors import CheckpointError
-from dream_trainer.storage import read_tree
+from dream_trainer.storage import flatten, read_tree
 from dream_trainer.storage.dcp import write_tree
 
 
@@ -43,7 +43,7 @@ def dcp_save(tmp_path: Path, state: dict) -> None:
 
 
 def round_trip(tmp_path: Path, shared: object, local: object = None) -> tuple[object, object]:
-    write_tree(tmp_path / "c", shared, {} if local is None else local)
+    write_tree(tmp_path / "c", flatten(shared, {} if local is None else local))
     return read_tree(tmp_path / "c")
 
 
@@ -126,7 +126,7 @@ def test_writing_leaves_the_state_as_it_is(tmp_path: Path) -> None:
 )
 def test_tensors_that_would_share_a_name_are_refused(tmp_path: Path, state: dict) -> None:
     with pytest.raises(ValueError, match="name"):
-        write_tree(tmp_path / "c", state, {})
+        write_tree(tmp_path / "c", flatten(state, {}))
 
 
 def test_templates_choose_the_device_and_their_path_and_size_are_asked_for(tmp_path: Path) -> None:
@@ -136,14 +136,14 @@ def test_templates_choose_the_device_and_their_path_and_size_are_asked_for(tmp_p
     def like(path, size):
         asked.append((path, tuple(size)))
 
-    write_tree(tmp_path / "c", state, {})
+    write_tree(tmp_path / "c", flatten(state, {}))
     shared, _ = read_tree(tmp_path / "c", like)
     assert_same(shared, state)
     assert sorted(asked, key=str) == [(("models", "net", "w"), (2, 3)), (("x",), (1,))]
 
 
 def test_a_rank_that_was_not_there_gets_rank_0s_local_part(tmp_path: Path) -> None:
-    write_tree(tmp_path / "c", {}, {"rng": torch.arange(3)})
+    write_tree(tmp_path / "c", flatten({}, {"rng": torch.arange(3)}))
     _, local = read_tree(tmp_path / "c", rank=5)
     assert_same(local, {"rng": torch.arange(3)})
 
@@ -165,7 +165,7 @@ def test_a_payload_runs_where_pickle_is_trusted(tmp_path: Path) -> None:
 
 
 def test_a_payload_in_the_metadata_does_not_run(tmp_path: Path) -> None:
-    write_tree(tmp_path / "c", {"w": torch.ones(1)}, {})
+    write_tree(tmp_path / "c", flatten({"w": torch.ones(1)}, {}))
     (tmp_path / "c" / ".metadata").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
     with pytest.raises(
         CheckpointError, match=r"\.metadata asks for pathlib\.Path\.touch|not allowed"
@@ -200,7 +200,7 @@ def test_a_checkpoint_of_another_program_is_refused_with_the_next_move(tmp_path:
 
 @pytest.mark.parametrize("content", [b"", b"\x80", b"not a pickle", b"\x80\x04N."])
 def test_broken_metadata_is_a_checkpoint_error(tmp_path: Path, content: bytes) -> None:
-    write_tree(tmp_path / "c", {"w": torch.ones(1)}, {})
+    write_tree(tmp_path / "c", flatten({"w": torch.ones(1)}, {}))
     (tmp_path / "c" / ".metadata").write_bytes(content)
     with pytest.raises(CheckpointError, match="c"):
         read_tree(tmp_path / "c")

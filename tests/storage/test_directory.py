@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dream_trainer.errors import CheckpointError
-from dream_trainer.storage import Manifest, move_aside, read_tree, save_directory
+from dream_trainer.storage import Manifest, flatten, move_aside, read_tree, save_directory
 
 STATE = {"w": torch.arange(4.0)}
 
@@ -16,7 +16,7 @@ def names(directory: Path) -> list[str]:
 
 
 def test_a_save_makes_one_directory_under_its_final_name(tmp_path: Path) -> None:
-    manifest = save_directory(tmp_path / "a" / "c", STATE, {}, step=3, epoch=1)
+    manifest = save_directory(tmp_path / "a" / "c", flatten(STATE, {}), step=3, epoch=1)
     assert names(tmp_path / "a") == ["c"]
     assert Manifest.read(tmp_path / "a" / "c") == manifest
     shared, _ = read_tree(tmp_path / "a" / "c")
@@ -25,7 +25,7 @@ def test_a_save_makes_one_directory_under_its_final_name(tmp_path: Path) -> None
 
 def test_an_existing_directory_is_moved_aside_whole(tmp_path: Path) -> None:
     for step in (1, 2, 3):
-        save_directory(tmp_path / "c", {"step": step}, {}, step=step, epoch=0)
+        save_directory(tmp_path / "c", flatten({"step": step}, {}), step=step, epoch=0)
     assert names(tmp_path) == ["c", "c.superseded-1", "c.superseded-2"]
     steps = [read_tree(tmp_path / name)[0]["step"] for name in names(tmp_path)]
     assert steps == [3, 1, 2]
@@ -34,18 +34,17 @@ def test_an_existing_directory_is_moved_aside_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("state", "facts", "says"),
     [
-        ({"models": {"x": object()}}, {"step": 1}, "models.x is a builtins.object"),
-        ({"a": {"b": torch.ones(1)}, "a.b": torch.ones(1)}, {"step": 1}, "same dotted name"),
+        ({"x": torch.ones(3, device="meta")}, {"step": 1}, "bytes needed, .* free in"),
         (STATE, {"step": object()}, "object"),  # fails after the data are written
     ],
-    ids=["not plain", "not writable", "no manifest"],
+    ids=["not writable", "no manifest"],
 )
 def test_a_save_that_fails_leaves_nothing_behind_and_the_old_one_alone(
     tmp_path: Path, state: dict, facts: dict, says: str
 ) -> None:
-    save_directory(tmp_path / "c", STATE, {}, step=1, epoch=0)
+    save_directory(tmp_path / "c", flatten(STATE, {}), step=1, epoch=0)
     with pytest.raises(CheckpointError, match=says):
-        save_directory(tmp_path / "c", state, {}, epoch=0, **facts)
+        save_directory(tmp_path / "c", flatten(state, {}), epoch=0, **facts)
     assert names(tmp_path) == ["c"]
     Manifest.read(tmp_path / "c").verify(tmp_path / "c")
 
@@ -53,7 +52,7 @@ def test_a_save_that_fails_leaves_nothing_behind_and_the_old_one_alone(
 def test_a_place_that_cannot_be_written_is_a_checkpoint_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match="Older checkpoints are untouched"):
-        save_directory(tmp_path / "file" / "c", STATE, {}, step=1, epoch=0)
+        save_directory(tmp_path / "file" / "c", flatten(STATE, {}), step=1, epoch=0)
     assert names(tmp_path) == ["file"]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dream_trainer.errors import CheckpointError
-from dream_trainer.storage import FORMAT_VERSION, Manifest, save_directory
+from dream_trainer.storage import FORMAT_VERSION, Manifest, flatten, save_directory
 
 FILES = (".metadata", "__0_0.distcp", "manifest.json")
 
@@ -39,7 +39,8 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     state = {"w": torch.arange(64.0), "n": 3}
-    save_directory(tmp_path / "c", state, {"rng": 1}, step=7, epoch=1, monitor="m", monitored=1e-05)
+    entries = flatten(state, {"rng": 1})
+    save_directory(tmp_path / "c", entries, step=7, epoch=1, monitor="m", monitored=1e-05)
     return tmp_path / "c"
 
 

@@ -43,6 +43,7 @@ class KeepsEverySave(CheckpointCallback):
 
     def on_boundary(self, trainer: Any) -> None:
         super().on_boundary(trainer)
+        trainer.checkpointer.wait()
         path = trainer.checkpointer.store.paths()[-1]
         copy = self.keep_in / str(len(self.kept)) / path.name
         shutil.copytree(path, copy)

@@ -218,7 +218,7 @@ def test_nothing_that_is_not_finite_is_ever_saved(tmp_path: Path) -> None:
     trainer = tiny(tmp_path, Diverges, n_epochs=1, every_n_steps=1, keep_last=9)
     with pytest.raises(NonFiniteError):
         trainer.fit()
-    names = sorted(path.name for path in (trainer.run_directory / "checkpoints").iterdir())
+    names = [path.name for path in trainer.checkpointer.store.paths()]
     assert names == ["step-00000001", "step-00000002"]
 
 
@@ -244,7 +244,7 @@ def test_a_parameter_that_is_not_finite_is_named_before_a_save(tmp_path: Path) -
     message = r"models.net.0.bias is not finite at step 2 .*no checkpoint was written"
     with pytest.raises(NonFiniteError, match=message):
         trainer.fit()
-    names = [path.name for path in (trainer.run_directory / "checkpoints").iterdir()]
+    names = [path.name for path in trainer.checkpointer.store.paths()]
     assert names == ["step-00000001"]
     with pytest.raises(NonFiniteError, match=message):
         trainer.save_checkpoint(tmp_path / "by-hand")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dream_trainer.callbacks.callback import Callback
+from dream_trainer.errors import CheckpointError
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 class CheckpointCallback(Callback):
     """Saves every n steps, epochs or minutes, and at the end of the run.
+
+    A save that fails, on a full disk for example, is reported and the training goes on; the next
+    trigger tries again. Only at the end of the run it is an error.
 
     Args:
         clock: seconds from any start; rank 0's decides for all.
@@ -24,7 +28,6 @@ class CheckpointCallback(Callback):
         self._clock = clock
         self._last_time = 0.0
         self._saved_at: tuple[int, int, bool] | None = None
-        self._results: tuple[int, Mapping[str, float]] = (-1, {})
 
     def pre_fit(self, trainer: BaseTrainer) -> None:
         """Start the clock."""
@@ -32,8 +35,7 @@ class CheckpointCallback(Callback):
         self._saved_at = self._place(trainer) if trainer.is_resumed else None
 
     def post_validation_epoch(self, trainer: BaseTrainer, results: Mapping[str, float]) -> None:
-        """Remember the monitored value."""
-        self._results = (trainer.global_step, results)
+        """Say so if the monitored value is not there."""
         monitor = trainer.checkpoint_parameters.monitor
         if monitor is not None and monitor not in results:
             warnings.warn(
@@ -44,22 +46,21 @@ class CheckpointCallback(Callback):
 
     def on_boundary(self, trainer: BaseTrainer) -> None:
         """Save if a trigger is due."""
-        if self._is_due(trainer):
+        self._report(trainer)
+        if not self._is_due(trainer):
+            return
+        try:
             self._save(trainer)
+        except CheckpointError as error:
+            self._saved_at = None
+            warnings.warn(f"a checkpoint was not saved. {error}", RuntimeWarning, stacklevel=2)
 
     def post_fit(self, trainer: BaseTrainer) -> None:
         """Save the end of the run, unless it is saved already."""
+        self._report(trainer, wait=True)
         if trainer.writes_run_directory and self._saved_at != self._place(trainer):
             self._save(trainer)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The last validation, which the checkpoint of an epoch's end is ranked by."""
-        step, results = self._results
-        return {"step": step, "results": dict(results)}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`."""
-        self._results = state_dict["step"], state_dict["results"]
+            trainer.checkpointer.wait()
 
     def _is_due(self, trainer: BaseTrainer) -> bool:
         parameters, progress = trainer.checkpoint_parameters, trainer.progress
@@ -76,18 +77,23 @@ class CheckpointCallback(Callback):
             is_due |= trainer.world.broadcast(passed >= 60 * parameters.every_n_minutes)
         return is_due
 
+    def _report(self, trainer: BaseTrainer, *, wait: bool = False) -> None:
+        if not trainer.checkpointer.report(wait=wait):
+            self._saved_at = None
+
     def _save(self, trainer: BaseTrainer) -> None:
-        step, results = self._results
-        monitor = trainer.checkpoint_parameters.monitor
-        value: Any = results.get(monitor) if monitor and step == trainer.global_step else None
+        self._saved_at = self._place(trainer)
+        self._last_time = self._clock()
+        monitor, value = trainer.checkpoint_parameters.monitor, None
+        if monitor is not None and trainer.progress.last_validation_step == trainer.global_step:
+            value = trainer.validation_results.get(monitor)
         trainer.checkpointer.save(
             trainer.checked_state_dict(),
             step=trainer.global_step,
             epoch=trainer.current_epoch,
             monitored=None if value is None else float(value),
+            optimizers=trainer.components.optimizers.values(),
         )
-        self._saved_at = self._place(trainer)
-        self._last_time = self._clock()
 
     def _place(self, trainer: BaseTrainer) -> tuple[int, int, bool]:
         progress = trainer.progress

@@ -38,12 +38,27 @@ class MetricLogger(Callback):
         self._pending: list[tuple[dict[str, Any], Observations]] = []
         self._log: JsonlLog | None = None
         self._size = 0
+        self._last_validation_step = self._last_train_epoch = -1
 
     def pre_fit(self, trainer: BaseTrainer) -> None:
         """Open the log and cut what a killed run wrote after its last checkpoint."""
         if trainer.world.is_global_zero and trainer.writes_run_directory:
             self._log = JsonlLog(trainer.run_directory / "metrics.jsonl")
             self._log.cut(self._size)
+        else:
+            self._size = 0
+
+    def collect(self, trainer: BaseTrainer) -> None:
+        """Write all rows of what is finished, for a checkpoint that is taken now. Collective.
+
+        In a hook that this callback has not been called for yet, a row would be in no log: it is
+        neither pending, nor does the hook come again after a restart.
+        """
+        if not trainer.progress.num_batches_in_window:
+            self._take_step(trainer)
+        self._take_train_epoch(trainer)
+        self._take_validation(trainer)
+        self.flush(trainer)
 
     def post_train_step(
         self, trainer: BaseTrainer, result: Any, batch: Any, batch_idx: int
@@ -51,23 +66,19 @@ class MetricLogger(Callback):
         """Take the values of a finished step."""
         if trainer.is_accumulating_gradients:
             return
-        values = trainer.logged.take()
-        if values and trainer.global_step % self.every_n_steps == 0:
-            self._pending.append((self._place(trainer), values))
+        self._take_step(trainer)
         if len(self._pending) >= self.flush_every_n_rows:
             self.flush(trainer)
 
     def post_train_epoch(self, trainer: BaseTrainer) -> None:
         """Add the metrics of the training epoch."""
-        results = trainer.metrics.compute("train")
-        if results:
-            self._pending.append((self._place(trainer), _exact(results)))
+        self._take_train_epoch(trainer)
         self.flush(trainer)
 
     def post_validation_epoch(self, trainer: BaseTrainer, results: Mapping[str, float]) -> None:
         """Add the results of a validation that belongs to the run."""
         if trainer.is_fitting:
-            self._pending.append((self._place(trainer), _exact(results)))
+            self._take_validation(trainer)
             self.flush(trainer)
 
     def on_boundary(self, trainer: BaseTrainer) -> None:
@@ -104,13 +115,38 @@ class MetricLogger(Callback):
                     )
 
     def state_dict(self) -> dict[str, Any]:
-        """Length of the log. Pending rows must have been flushed."""
-        return {"size": self._size}
+        """Length of the log after `collect`, and the last epoch and validation in it."""
+        return {
+            "size": self._size,
+            "last_train_epoch": self._last_train_epoch,
+            "last_validation_step": self._last_validation_step,
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Remember where to cut the log."""
         self._size = state_dict["size"]
+        self._last_train_epoch = state_dict["last_train_epoch"]
+        self._last_validation_step = state_dict["last_validation_step"]
         self._pending.clear()
+
+    def _take_step(self, trainer: BaseTrainer) -> None:
+        values = trainer.logged.take()
+        if values and trainer.global_step % self.every_n_steps == 0:
+            self._pending.append((self._place(trainer), values))
+
+    def _take_train_epoch(self, trainer: BaseTrainer) -> None:
+        progress = trainer.progress
+        if not progress.train_epoch_finished or progress.epoch == self._last_train_epoch:
+            return
+        self._last_train_epoch = progress.epoch
+        if results := trainer.metrics.compute("train"):
+            self._pending.append((self._place(trainer), _exact(results)))
+
+    def _take_validation(self, trainer: BaseTrainer) -> None:
+        step = trainer.progress.last_validation_step
+        if step != self._last_validation_step:
+            self._last_validation_step = step
+            self._pending.append((self._place(trainer), _exact(trainer.validation_results)))
 
     def _write(self, trainer: BaseTrainer, rows: list[dict[str, Any]]) -> None:
         if not trainer.world.is_global_zero:

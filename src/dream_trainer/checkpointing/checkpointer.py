@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dream_trainer.checkpointing.background import BackgroundSave, stepped_tensors
 from dream_trainer.checkpointing.store import CheckpointStore, StoredCheckpoint
 from dream_trainer.configs import CheckpointParameters
 from dream_trainer.errors import CheckpointError, ConfigError
-from dream_trainer.storage import Like, Manifest, on_rank_zero, read_tree, save_directory
+from dream_trainer.storage import (
+    Group,
+    Like,
+    Manifest,
+    StagingBuffers,
+    flatten,
+    on_rank_zero,
+    read_tree,
+    save_directory,
+)
 from dream_trainer.world import DreamWorld
 
 T = TypeVar("T")
 
 #: Parts of a state that differ from rank to rank; the rest is the same on every rank, or
 #: sharded over them.
-LOCAL = (("rng",), ("dataloaders",), ("trainer", "metrics"), ("trainer", "buffers"))
+LOCAL = (
+    ("rng",),
+    ("dataloaders",),
+    *(("trainer", name) for name in ("metrics", "buffers", "window", "logged")),
+)
 
 
 @dataclass(frozen=True)
@@ -37,10 +54,13 @@ class Checkpointer:
     instant a save leaves the old set, or the old set and a whole new one. Every method is
     called on every rank.
 
+    With ``parameters.async_save`` a save returns once its state is copied, and is written behind
+    the training; at most one is under way. A program that ends waits for it.
+
     Args:
         directory: where the checkpoints are, ``runs/.../checkpoints``.
         world: ranks and collectives; the default is one process.
-        parameters: retention.
+        parameters: retention, and whether saves are written behind the training.
     """
 
     def __init__(
@@ -52,6 +72,8 @@ class Checkpointer:
         self.world = world if world is not None else DreamWorld()
         self.parameters = parameters if parameters is not None else CheckpointParameters()
         self.store = CheckpointStore(Path(directory))
+        self._buffers = StagingBuffers()
+        self._under_way: BackgroundSave | None = None
 
     def save(
         self,
@@ -60,26 +82,66 @@ class Checkpointer:
         step: int,
         epoch: int = 0,
         monitored: float | None = None,
+        optimizers: Iterable[Optimizer] = (),
     ) -> Path:
         """Commit a checkpoint, then delete those that retention does not keep.
+
+        Waits for the save under way, if there is one; if that failed, it is reported.
 
         Args:
             state: nested plain data and tensors.
             step: optimizer steps taken.
             epoch: epochs completed.
             monitored: value of ``parameters.monitor``, if it is known.
+            optimizers: their parameters and state are copied beside the next forward and
+                backward, and their next step waits for that. Without, everything is copied before
+                this returns.
 
         Returns:
-            Where it is.
+            Where it is, or will be.
 
         Raises:
-            CheckpointError: writing failed; older checkpoints are untouched.
+            CheckpointError: writing failed; older checkpoints are untouched. If it is written
+                behind the training, `wait` raises it.
         """
+        self.report(wait=True)
+        entries = flatten(*split_local(state), rank=self.world.rank)
         path = self._on_rank_zero(lambda: self.store.path_for(step))
-        self.write(path, state, step=step, epoch=epoch, monitored=monitored)
-        if self.world.is_global_zero:
-            self.store.prune(self.parameters)
+        facts = self._facts(step, epoch, monitored)
+        if not self.parameters.async_save:
+            self._commit(path, entries, facts)
+            return path
+        optimizers, group = tuple(optimizers), self.world.background_group()
+        staged = self._buffers.stage(entries, stepped_tensors(optimizers))
+
+        def commit() -> None:
+            self._commit(path, staged.entries, facts, group, staged.wait)
+
+        self._under_way = BackgroundSave(staged, commit, optimizers)
         return path
+
+    def report(self, *, wait: bool = False) -> bool:
+        """Warn if the last save failed.
+
+        Args:
+            wait: until the save under way is done; otherwise it is not looked at yet.
+
+        Returns:
+            False if it has failed and was not reported before.
+        """
+        failure = self._outcome(wait)
+        if failure is not None and self.world.is_global_zero:
+            warnings.warn(f"a checkpoint was not saved. {failure}", RuntimeWarning, stacklevel=2)
+        return failure is None
+
+    def wait(self) -> None:
+        """Return once the save under way is committed.
+
+        Raises:
+            CheckpointError: it failed; older checkpoints are untouched.
+        """
+        if (failure := self._outcome(wait=True)) is not None:
+            raise failure
 
     def write(
         self,
@@ -90,19 +152,12 @@ class Checkpointer:
         epoch: int = 0,
         monitored: float | None = None,
     ) -> None:
-        """Commit a checkpoint under a path of one's own; nothing is deleted."""
-        shared, local = split_local(state)
-        save_directory(
-            Path(path),
-            shared,
-            local,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            step=step,
-            epoch=epoch,
-            monitor=self.parameters.monitor,
-            monitored=_as_json(monitored),
-        )
+        """Commit a checkpoint under a path of one's own; it is there when this returns."""
+        self.report(wait=True)
+        entries = flatten(*split_local(state), rank=self.world.rank)
+        rank, size = self.world.rank, self.world.size
+        facts = self._facts(step, epoch, monitored)
+        save_directory(Path(path), entries, rank=rank, world_size=size, **facts)
 
     def load(self, path: str | Path, like: Like | None = None) -> LoadedCheckpoint:
         """Verify and read one checkpoint.
@@ -114,6 +169,7 @@ class Checkpointer:
         Raises:
             CheckpointError: it is damaged, unsafe or of another format.
         """
+        self.report(wait=True)
 
         def check() -> StoredCheckpoint:
             return self._verified(Path(path))
@@ -140,8 +196,39 @@ class Checkpointer:
             ConfigError: ``"never"``, but the directory has checkpoints; or ``"must"``, but not.
             CheckpointError: the path, or every checkpoint, is damaged.
         """
+        self.report(wait=True)
         stored = self._on_rank_zero(lambda: self._choose(resume, read_only))
         return None if stored is None else self._read(stored, like)
+
+    def _commit(
+        self,
+        path: Path,
+        entries: Mapping[str, Tensor],
+        facts: Mapping[str, Any],
+        group: Group = None,
+        ready: Callable[[], object] = bool,
+    ) -> None:
+        """Write, then tidy up. In the background with a process group of its own."""
+        rank, size = self.world.rank, self.world.size
+        save_directory(path, entries, rank=rank, world_size=size, group=group, ready=ready, **facts)
+        on_rank_zero(lambda: self.store.prune(self.parameters), rank, size, group)
+
+    def _outcome(self, wait: bool) -> CheckpointError | None:
+        """Why the save under way failed; None if it did not, or is not done."""
+        save = self._under_way
+        if save is None or not (wait or save.is_done):
+            return None
+        save.finish()
+        self._under_way = None
+        return save.failure
+
+    def _facts(self, step: int, epoch: int, monitored: float | None) -> dict[str, Any]:
+        return {
+            "step": step,
+            "epoch": epoch,
+            "monitor": self.parameters.monitor,
+            "monitored": _as_json(monitored),
+        }
 
     def _choose(self, resume: str, read_only: bool) -> StoredCheckpoint | None:
         store = self.store

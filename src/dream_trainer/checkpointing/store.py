@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 from collections.abc import Sequence
@@ -69,21 +70,23 @@ class CheckpointStore:
         return self.directory / (f"{name}-{max(revisions) + 1}" if revisions else name)
 
     def prune(self, parameters: CheckpointParameters) -> Sequence[Path]:
-        """Delete what the retention rules do not keep.
+        """Point the links ``newest`` and ``best``, and delete what the rules do not keep.
 
         Returns:
             The deleted paths.
         """
-        newest_per_step = {stored.manifest.step: stored for stored in self.list()}
-        stored = list(newest_per_step.values())
-        keep = stored[-parameters.keep_last :]
+        everything = self.list()
+        stored = list({one.manifest.step: one for one in everything}.values())
+        ranked: Sequence[StoredCheckpoint] = ()
         if parameters.monitor is not None:
             ranked = _ranked(stored, parameters.mode, parameters.monitor)
-            keep += ranked[: parameters.keep_top_k]
+        self._link("newest", stored[-1:])
+        self._link("best", ranked[:1])
+        keep = [*stored[-parameters.keep_last :], *ranked[: parameters.keep_top_k]]
         if every := parameters.keep_every_n_steps:
             keep += [one for one in stored if one.manifest.step % every == 0]
         kept = {one.path for one in keep}
-        deleted = [one.path for one in self.list() if one.path not in kept]
+        deleted = [one.path for one in everything if one.path not in kept]
         for path in deleted:
             _delete(path)
         return deleted
@@ -108,6 +111,21 @@ class CheckpointStore:
         for other in self.paths():
             if later is not None and (match := _match(other)) is not None and match > later:
                 self.set_aside(other, "superseded")
+
+    def _link(self, name: str, target: Sequence[StoredCheckpoint]) -> None:
+        """For people and scripts that look for a checkpoint by name. Nothing here reads it."""
+        link = self.directory / name
+        if link.exists() and not link.is_symlink():
+            return  # the user's own
+        if not target:
+            link.unlink(missing_ok=True)
+            return
+        beside = link.with_name(f".{name}.tmp")
+        # A file system without links has checkpoints all the same.
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+            beside.symlink_to(target[0].path.name)
+            beside.replace(link)
 
 
 def _match(path: Path) -> tuple[int, int] | None:

@@ -1,20 +1,26 @@
 """How state becomes files: plain trees, torch distributed checkpoints, manifests, atomic writes."""
 
 from dream_trainer.storage.atomic import atomic_file, write_text
-from dream_trainer.storage.collective import all_gather, on_rank_zero
-from dream_trainer.storage.dcp import Like, read_tree
+from dream_trainer.storage.collective import Group, all_gather, on_rank_zero
+from dream_trainer.storage.dcp import Like, flatten, read_tree
 from dream_trainer.storage.directory import move_aside, save_directory
 from dream_trainer.storage.manifest import FORMAT_VERSION, Manifest
+from dream_trainer.storage.staging import StagedState, StagingBuffers, address
 from dream_trainer.storage.tree import Tree, TreePath, join, split, tensor_leaves
 
 __all__ = [
     "FORMAT_VERSION",
+    "Group",
     "Like",
     "Manifest",
+    "StagedState",
+    "StagingBuffers",
     "Tree",
     "TreePath",
+    "address",
     "all_gather",
     "atomic_file",
+    "flatten",
     "join",
     "move_aside",
     "on_rank_zero",

@@ -12,7 +12,7 @@ import io
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.tensor import DTensor
 
 from dream_trainer.errors import CheckpointError
+from dream_trainer.storage.collective import Group
 from dream_trainer.storage.tree import Tree, TreePath, join, merge, split
 
 #: ``like(path, size)`` gives the tensor whose device and sharding a read one should have, or
@@ -47,20 +48,13 @@ _METADATA_CLASSES = {
 }
 
 
-def write_tree(
-    directory: Path, shared: Tree, local: Tree, *, rank: int = 0, world_size: int = 1
-) -> list[Path]:
-    """Write a checkpoint; every rank takes part.
+def flatten(shared: Tree, local: Tree, *, rank: int = 0) -> dict[str, Tensor]:
+    """What this rank writes of a state: entry name -> tensor, not copied.
 
     Args:
-        directory: where to; on a file system that all ranks see.
         shared: state that is sharded over the ranks (DTensors), or for which rank 0's counts.
         local: state of this rank alone.
         rank: this rank.
-        world_size: how many ranks write.
-
-    Returns:
-        The files that this rank wrote.
 
     Raises:
         TypeError: something is neither plain data nor a tensor.
@@ -70,10 +64,32 @@ def write_tree(
         # Of equal names the writer keeps any one rank's. What is not sharded has to be rank 0's:
         # batch norm's statistics differ between DDP ranks, and rank 0's count.
         entries = {name: value for name, value in entries.items() if isinstance(value, DTensor)}
-    entries |= _entries(local, f"__rank_{rank}__")
+    return entries | _entries(local, f"__rank_{rank}__")
+
+
+def write_tree(
+    directory: Path,
+    entries: Mapping[str, Tensor],
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    group: Group = None,
+) -> list[Path]:
+    """Write a checkpoint; every rank takes part.
+
+    Args:
+        directory: where to; on a file system that all ranks see.
+        entries: what `flatten` gave, or copies of it.
+        rank: this rank.
+        world_size: how many ranks write.
+        group: the process group of those ranks.
+
+    Returns:
+        The files that this rank wrote.
+    """
     writer = dcp.FileSystemWriter(directory, sync_files=True)
     with _quiet():
-        dcp.save(entries, storage_writer=writer, no_dist=world_size == 1)
+        dcp.save(dict(entries), storage_writer=writer, process_group=group, no_dist=world_size == 1)
     mine = [*directory.glob(f"__{rank}_*.distcp")]
     return [*mine, directory / ".metadata"] if rank == 0 else mine
 

@@ -5,24 +5,34 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dream_trainer.errors import CheckpointError
 from dream_trainer.storage.atomic import fsync_directory
-from dream_trainer.storage.collective import all_gather, on_rank_zero
+from dream_trainer.storage.collective import Group, all_gather, on_rank_zero
 from dream_trainer.storage.dcp import write_tree
 from dream_trainer.storage.manifest import Manifest, checksums
-from dream_trainer.storage.tree import Tree
+from dream_trainer.storage.staging import local_part
 
 _PACKAGES = ("torch", "lightning", "dream-trainer")
 
 
 def save_directory(
-    final: Path, shared: Tree, local: Tree, *, rank: int = 0, world_size: int = 1, **facts: Any
+    final: Path,
+    entries: Mapping[str, Tensor],
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    group: Group = None,
+    ready: Callable[[], object] = bool,
+    **facts: Any,
 ) -> Manifest:
     """Write a whole checkpoint or none; every rank takes part and returns after the commit.
 
@@ -30,10 +40,11 @@ def save_directory(
 
     Args:
         final: the name of the directory once it is complete.
-        shared: state that is the same on every rank, or sharded over them.
-        local: state of this rank alone.
+        entries: what `flatten` gave for this rank.
         rank: this rank.
         world_size: how many ranks write.
+        group: the process group of those ranks.
+        ready: returns, or raises, once the entries may be read.
         **facts: fields of the `Manifest`: step, epoch, monitor, monitored.
 
     Raises:
@@ -44,9 +55,16 @@ def save_directory(
         final.parent.mkdir(parents=True, exist_ok=True)
         return final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.tmp")
 
+    def agree(problem: str | None) -> None:
+        problems = enumerate(all_gather(problem, world_size, group))
+        if told := [f"rank {r}: {problem}" for r, problem in problems if problem]:
+            if rank == 0:
+                shutil.rmtree(beside, ignore_errors=True)
+            raise CheckpointError(str(final), told, "Older checkpoints are untouched.")
+
     def commit() -> Manifest:
         manifest = Manifest(
-            files={name: record for part, _ in reports for name, record in part.items()},
+            files={name: record for part in parts for name, record in part.items()},
             world_size=world_size,
             saved_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             versions={name: _version(name) for name in _PACKAGES},
@@ -64,16 +82,14 @@ def save_directory(
         return manifest
 
     try:
-        beside = on_rank_zero(begin, rank, world_size)
-        files, failure = _write(beside, shared, local, rank, world_size)
+        beside = on_rank_zero(begin, rank, world_size, group)
+        # Writing is collective: a rank that cannot begin says so before the others wait for it.
+        agree(_refusal(beside, entries, ready))
+        files, problem = _write(beside, entries, rank, world_size, group)
         # Every rank's part is complete before any rank calls the directory a checkpoint.
-        reports = all_gather((files, failure), world_size)
-        problems = [f"rank {r}: {problem}" for r, (_, problem) in enumerate(reports) if problem]
-        if problems:
-            if rank == 0:
-                shutil.rmtree(beside, ignore_errors=True)
-            raise CheckpointError(str(final), problems, "Older checkpoints are untouched.")
-        return on_rank_zero(commit, rank, world_size)
+        agree(problem)
+        parts = all_gather(files, world_size, group)
+        return on_rank_zero(commit, rank, world_size, group)
     except CheckpointError:
         raise
     except Exception as error:
@@ -83,14 +99,50 @@ def save_directory(
 
 
 def _write(
-    beside: Path, shared: Tree, local: Tree, rank: int, world_size: int
+    beside: Path, entries: Mapping[str, Tensor], rank: int, world_size: int, group: Group
 ) -> tuple[dict[str, dict[str, int]], str | None]:
     """This rank's files, or why there are none."""
     try:
-        written = write_tree(beside, shared, local, rank=rank, world_size=world_size)
+        written = write_tree(beside, entries, rank=rank, world_size=world_size, group=group)
         return checksums(written), None
     except (Exception, CheckpointException) as error:  # noqa: BLE001 - the others wait for it
-        return {}, f"{type(error).__name__}: {error}"
+        return {}, f"{_told(error)} ({_Space.of(beside, entries)})"
+
+
+def _refusal(
+    beside: Path, entries: Mapping[str, Tensor], ready: Callable[[], object]
+) -> str | None:
+    """Why this rank cannot write, if so."""
+    try:
+        ready()
+    except Exception as error:  # noqa: BLE001 - the others wait for it
+        return f"{type(error).__name__}: {error}"
+    space = _Space.of(beside, entries)
+    return None if space.needed <= space.free else f"no space left on device ({space})"
+
+
+@dataclass(frozen=True)
+class _Space:
+    """Bytes that a rank's part needs, and bytes that are free."""
+
+    needed: int
+    free: int
+    directory: Path
+
+    @classmethod
+    def of(cls, beside: Path, entries: Mapping[str, Tensor]) -> _Space:
+        needed = sum(t.numel() * t.element_size() for t in map(local_part, entries.values()))
+        return cls(needed, shutil.disk_usage(beside.parent).free, beside.parent)
+
+    def __str__(self) -> str:
+        return f"{self.needed:,} bytes needed, {self.free:,} free in {self.directory}"
+
+
+def _told(error: BaseException) -> str:
+    """The failures of ranks that torch wraps, without its traceback."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()), (error, None))[0]
+    return f"{type(error).__name__}: {error}"
 
 
 def move_aside(path: Path, reason: str) -> Path:

@@ -106,10 +106,12 @@ class BaseTrainer(AbstractTrainer):
         callbacks: all callbacks, by name.
         loggers: loggers beside the JSONL log, by name.
         metrics: torchmetrics by phase.
+        window: the accumulation window under way.
         logged: values logged since the last step.
         is_fitting: whether `fit` is under way.
         is_resumed: whether the run continues from a checkpoint.
         stop_reason: what `stop` was told; None while the run may go on.
+        validation_results: of the last validation of the run, by name.
         describe_config: gives the text of ``config.yaml`` for the configuration of the run.
     """
 
@@ -136,10 +138,11 @@ class BaseTrainer(AbstractTrainer):
         self.logged = LoggedValues()
         self.is_fitting = self.is_resumed = False
         self.stop_reason: str | None = None
+        self.validation_results: Mapping[str, float] = {}
         self.describe_config: Callable[[Any], str] = config_yaml
         self._is_prepared = self._is_restored = False
         self._rng_state: Mapping[str, Any] | None = None
-        self._window = AccumulationWindow(1, 1, lambda total: total)
+        self.window = AccumulationWindow(1, 1, lambda total: total)
 
     # ------------------------------------------------------------------ what users write
 
@@ -200,6 +203,7 @@ class BaseTrainer(AbstractTrainer):
             self._set_run_rng()
             self.loop.run()
             self.callbacks.post_fit(self)
+            self.checkpointer.wait()
         self._say_end()
 
     def validate(self) -> dict[str, float]:
@@ -252,7 +256,7 @@ class BaseTrainer(AbstractTrainer):
                 f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             )
             raise TypeError(f"the loss is a tensor with one element, got {found}; call .mean()")
-        self.world.backward(self._window.scaled(loss, weight))
+        self.world.backward(self.window.scaled(loss, weight))
 
     def step(self, optimizer: Optimizer | str | None = None) -> Tensor | None:
         """Clip, step, zero the gradients, and step the optimizer's scheduler.
@@ -267,10 +271,10 @@ class BaseTrainer(AbstractTrainer):
             The norm of the gradients before clipping, as a tensor without dimensions on the
             device, if clipping or ``track_grad_norm`` is on.
         """
-        if self._window.is_accumulating:
+        if self.window.is_accumulating:
             return None
         name, optimizer = self._named(optimizer)
-        factor = self._window.gradient_factor(self.world.device)
+        factor = self.window.gradient_factor(self.world.device)
         if factor is not None and (grads := gradients([optimizer])):
             if isinstance(factor, Tensor):
                 factor = factor.to(grads[0].dtype)
@@ -284,7 +288,7 @@ class BaseTrainer(AbstractTrainer):
         optimizer.zero_grad()
         if (scheduler := self._scheduler_of.get(name)) is not None:
             scheduler.step()
-        if self._window.count_step(name):
+        if self.window.count_step(name):
             self.progress.finish_step()
         self.callbacks.post_optimizer_step(self, optimizer)
         return norm
@@ -341,12 +345,12 @@ class BaseTrainer(AbstractTrainer):
     @property
     def is_accumulating_gradients(self) -> bool:
         """Whether the batch under way does not end its accumulation window."""
-        return self._window.is_accumulating
+        return self.window.is_accumulating
 
     @property
     def is_in_step(self) -> bool:
         """Whether a batch is inside ``training_step``, so that the state is between two."""
-        return self._window.is_in_batch
+        return self.window.is_in_batch
 
     @property
     def num_train_batches(self) -> int | None:
@@ -399,10 +403,10 @@ class BaseTrainer(AbstractTrainer):
         """Everything the next step depends on: nested plain data and tensors.
 
         Models and optimizers are keyed by parameter name, the same under every strategy. Tensors
-        are the live ones, not copies. Call it on every rank, between steps.
+        are the live ones, not copies. Call it on every rank, between two batches.
 
         Raises:
-            RuntimeError: in the middle of an accumulation window.
+            RuntimeError: inside ``training_step``.
         """
         self.prepare()
         return gather_state(self)
@@ -479,9 +483,14 @@ class BaseTrainer(AbstractTrainer):
         train = self._adopt(self.train_dataloader, "train_dataloader")
         size = self.training_parameters.accumulation(train.batch_size, dp_size)
         train.looks_ahead = size > 1  # a window must know its last batch
-        self._window = AccumulationWindow(size, dp_size, self._sum_over_data_parallel)
+        self.window = AccumulationWindow(size, dp_size, self._sum_over_data_parallel)
         val = None if val is None else self._adopt(val, "val_dataloader")
-        self.loop = FitLoop(self, train, val, self._window, self.clock)
+        self.loop = FitLoop(self, train, val, self.window, self.clock)
+
+    def finish_saves(self) -> None:
+        """Wait for the save under way, if there is one, and report it if it failed."""
+        if self._is_prepared:
+            self.checkpointer.report(wait=True)
 
     def _restore(self, *, read_only: bool = True) -> None:
         """Once: continue from a checkpoint, if there is one."""

@@ -37,6 +37,7 @@ def running(trainer: BaseTrainer) -> Iterator[None]:
         raise
     finally:
         torch.use_deterministic_algorithms(was_deterministic)
+        _guarded(trainer.finish_saves)
         _guarded(trainer.callbacks.close, trainer)
         if trainer.is_fitting and trainer.world.is_global_zero:
             for logger in trainer.loggers.values():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dream_trainer.callbacks import MetricLogger
 from dream_trainer.errors import NonFiniteError, StateError
+from dream_trainer.progress import Progress
 from dream_trainer.randomness import derive, rng_state, seed_everything, set_rng_state
 from dream_trainer.trainer.finiteness import first_nonfinite
 from dream_trainer.world.component_state import (
@@ -16,6 +18,7 @@ from dream_trainer.world.component_state import (
     load_rank_buffers,
     rank_buffers,
 )
+from dream_trainer.world.window_gradients import load_window_gradients, window_gradients
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
@@ -26,11 +29,6 @@ _KNOWN = {*_PARTS, "models", "optimizers", "schedulers"}
 
 def gather_state(trainer: BaseTrainer) -> dict[str, Any]:
     """See `state_dict`."""
-    if trainer.progress.num_batches_in_window:
-        raise RuntimeError(
-            "the state cannot be taken inside an accumulation window: its gradients would be "
-            "lost. Take it when is_accumulating_gradients is False."
-        )
     if trainer.is_in_step:
         raise RuntimeError(
             "the state cannot be taken inside a training step: the batch would count as trained "
@@ -38,15 +36,20 @@ def gather_state(trainer: BaseTrainer) -> dict[str, Any]:
         )
     for name in trainer.callbacks:
         if isinstance(callback := trainer.callbacks[name], MetricLogger):
-            callback.flush(trainer)  # rows of earlier steps must not depend on a later one
+            callback.collect(trainer)
+    models = trainer.components.models
+    is_in_window = trainer.progress.num_batches_in_window > 0
     return {
         "trainer": {
             "progress": trainer.progress.state_dict(),
             "seed": trainer.seed,
-            "world_size": trainer.world.size,
-            "gradients": gradients_by_name(trainer.components.models),
+            "layout": _layout(trainer),
+            "gradients": gradients_by_name(models, sharded_only=is_in_window),
+            "window": _window_state(trainer) if is_in_window else {},
+            "validation_results": dict(trainer.validation_results),
             "metrics": trainer.metrics.state_dict(),
-            "buffers": rank_buffers(trainer.components.models) if trainer.world.size > 1 else {},
+            "logged": trainer.logged.state_dict(),
+            "buffers": rank_buffers(models) if trainer.world.size > 1 else {},
         },
         **trainer.components.state_dict(),
         "dataloaders": {"train": trainer.loop.train_loader.state_dict()},
@@ -58,6 +61,9 @@ def gather_state(trainer: BaseTrainer) -> dict[str, Any]:
 
 def apply_state(trainer: BaseTrainer, state: Mapping[str, Any], strict: bool) -> None:
     """See `load_state_dict`."""
+    is_same_rank = _is_same_rank(trainer, state)
+    if not is_same_rank:
+        state = _before_window(state)
     problems = trainer.components.problems(state)
     problems += [f"{part}: missing in the state" for part in _PARTS if part not in state]
     problems += [f"{part}: in the state only" for part in state if part not in _KNOWN]
@@ -80,16 +86,68 @@ def apply_state(trainer: BaseTrainer, state: Mapping[str, Any], strict: bool) ->
     trainer.progress.load_state_dict(own.get("progress", {}))
     trainer.callbacks.load_state_dict(state.get("callbacks", {}))
     trainer.world.load_precision_state(state.get("precision", {}))
-    load_gradients(trainer.components.models, own.get("gradients", {}))
+    models = trainer.components.models
+    load_gradients(models, own.get("gradients", {}))
+    trainer.validation_results = dict(own.get("validation_results", {}))
+    trainer.window.load_state_dict({})
+    if is_same_rank:
+        trainer.metrics.load_state_dict(own.get("metrics", {}))
+        trainer.logged.load_state_dict(copy.deepcopy(own.get("logged", {})))
+        load_rank_buffers(models, own.get("buffers", {}))
+        if window := own.get("window"):
+            trainer.window.load_state_dict(window)
+            load_window_gradients(models, window["gradients"])
     rng = state.get("rng", {})
-    if rng.get("rank") != trainer.world.rank:
+    if rng.get("rank") == trainer.world.rank:
+        set_rng_state(rng)
+    else:
         # Another rank's streams would give two ranks the same dropout.
         seed_rank(trainer)
-    else:
-        set_rng_state(rng)
-        if own.get("world_size") == trainer.world.size:
-            trainer.metrics.load_state_dict(own.get("metrics", {}))
-            load_rank_buffers(trainer.components.models, own.get("buffers", {}))
+
+
+def _layout(trainer: BaseTrainer) -> dict[str, Any]:
+    world = trainer.world
+    return {
+        "world_size": world.size,
+        "dp_size": world.dp_size,
+        "strategy": type(world.strategy).__name__,
+    }
+
+
+def _is_same_rank(trainer: BaseTrainer, state: Mapping[str, Any]) -> bool:
+    """Whether the parts of a state that differ by rank are those of this one."""
+    return bool(
+        state.get("trainer", {}).get("layout") == _layout(trainer)
+        and state.get("rng", {}).get("rank") == trainer.world.rank
+    )
+
+
+def _window_state(trainer: BaseTrainer) -> dict[str, Any]:
+    gradients = window_gradients(trainer.components.models)
+    return {**trainer.window.state_dict(), "gradients": gradients}
+
+
+def _before_window(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state as if the unfinished window had not begun.
+
+    Its gradients are those of ranks that are no longer there. The window is done again, so that
+    every sample is still part of exactly one step.
+    """
+    own = state.get("trainer", {})
+    if not (window := own.get("window")):
+        return state
+    progress = Progress()
+    progress.load_state_dict(own["progress"])
+    progress.take_back(window["num_batches"])
+    loaders = {name: dict(loader) for name, loader in state.get("dataloaders", {}).items()}
+    if (train := loaders.get("train")) is not None:
+        used = "num_samples_used" if train["unit"] == "samples" else "num_batches"
+        train["position"] -= window[used]
+    return {
+        **state,
+        "trainer": {**own, "progress": progress.state_dict(), "window": {}},
+        "dataloaders": loaders,
+    }
 
 
 def seed_rank(trainer: BaseTrainer) -> None:

@@ -154,13 +154,15 @@ def load_optimizer_state(
                 loaded[key] = value.to(loaded[key].device)
 
 
-def gradients_by_name(models: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+def gradients_by_name(
+    models: Mapping[str, nn.Module], *, sharded_only: bool = False
+) -> dict[str, Tensor]:
     """Gradients that wait for a step to come, by parameter name; between steps usually none."""
     return {
         f"{model_name}.{clean_name(name)}": parameter.grad
         for model_name, model in models.items()
         for name, parameter in model.named_parameters()
-        if parameter.grad is not None
+        if parameter.grad is not None and (isinstance(parameter.grad, DTensor) or not sharded_only)
     }
 
 

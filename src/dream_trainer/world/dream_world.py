@@ -25,10 +25,18 @@ from torch.optim import Optimizer
 
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.errors import ConfigError
-from dream_trainer.storage import Tree, all_gather, read_tree, save_directory, tensor_leaves
+from dream_trainer.storage import (
+    Group,
+    Tree,
+    all_gather,
+    flatten,
+    read_tree,
+    save_directory,
+    tensor_leaves,
+)
 from dream_trainer.world.component_state import gradients, unsharded_norm
 from dream_trainer.world.dream_fabric import DreamFabric
-from dream_trainer.world.gradient_sync import no_gradient_sync
+from dream_trainer.world.gradient_sync import fix_bucket_order, no_gradient_sync
 from dream_trainer.world.mesh_strategy import MeshStrategy, Parallelize
 from dream_trainer.world.strategy import fabric_arguments
 
@@ -66,6 +74,7 @@ class DreamWorld:
                 raise ConfigError("device_parameters", [str(error)]) from error
         self._fabric = fabric
         self._opened_group = False
+        self._background_group: Group = None
 
     @classmethod
     def from_fabric(cls, fabric: Fabric) -> DreamWorld:
@@ -187,7 +196,7 @@ class DreamWorld:
         """Leave the process group, if `launch` joined it."""
         if self._opened_group and _has_group():
             dist.destroy_process_group()
-        self._opened_group = False
+        self._opened_group, self._background_group = False, None
 
     # ------------------------------------------------------------------ training
 
@@ -217,7 +226,9 @@ class DreamWorld:
             strategy.module_to_device(module)
             return _FabricModule(module, strategy, original_module=module)
         if not isinstance(strategy, MeshStrategy) or parallelize is None:
-            return self._fabric.setup(module, *optimizers)
+            wrapped = self._fabric.setup(module, *optimizers)
+            fix_bucket_order(wrapped[0] if optimizers else wrapped)
+            return wrapped
         default, strategy.parallelize = strategy.parallelize, parallelize
         try:
             return self._fabric.setup(module, *optimizers)
@@ -333,6 +344,16 @@ class DreamWorld:
         """The value of every rank, in rank order. Any object that pickles."""
         return all_gather(value, self.size)
 
+    def background_group(self) -> Group:
+        """A process group of all ranks for collectives beside the training. None on one process.
+
+        Collectives of two threads on one group would meet each other's. Made by the first call,
+        a collective; on the CPU, where a writer's collectives take no turn on an accelerator.
+        """
+        if self.size > 1 and self._background_group is None:
+            self._background_group = dist.new_group(backend="gloo")
+        return self._background_group
+
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` holds on any rank. One small collective."""
         if self.size == 1:
@@ -359,7 +380,8 @@ class DreamWorld:
             TypeError: something is neither plain data nor a tensor; the message names it.
             CheckpointError: writing failed on some rank.
         """
-        save_directory(Path(path), state, {}, rank=self.rank, world_size=self.size, step=0, epoch=0)
+        entries = flatten(state, {}, rank=self.rank)
+        save_directory(Path(path), entries, rank=self.rank, world_size=self.size, step=0, epoch=0)
 
     def load(self, path: str | Path, state: Tree | None = None) -> Tree:
         """Read a checkpoint directory as plain data and tensors; nothing is applied.

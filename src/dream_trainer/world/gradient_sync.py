@@ -1,10 +1,11 @@
-"""Gradient synchronisation off for a block, and back as it was."""
+"""Gradient synchronisation: off for a block and back, and in the same order in every process."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -27,3 +28,25 @@ def no_gradient_sync(modules: Iterable[nn.Module]) -> Iterator[None]:
                     # Left off, the next plain backward would leave every gradient None.
                     stack.callback(part.set_requires_gradient_sync, True, recurse=False)
         yield
+
+
+def fix_bucket_order(module: nn.Module) -> None:
+    """Give every DDP module its final gradient buckets before the first step. A collective.
+
+    DDP puts all gradients in one bucket first, and after a process's first backward into new ones
+    in the order that gradients came. On three or more ranks the place in a bucket decides in
+    which order ranks are added, so the first step after a restart would round differently. Here
+    gradients of zero come once, last parameter first, the order of a usual backward pass. Costs
+    one all-reduce of all gradients.
+    """
+    for part in module.modules():
+        # With find_unused_parameters the first buckets stay; a static graph records its own.
+        if not isinstance(part, DistributedDataParallel) or part.find_unused_parameters:
+            continue
+        if part.static_graph:
+            continue
+        trained = [p for p in part.module.parameters() if p.requires_grad]
+        part.reducer.prepare_for_backward([])
+        for parameter in reversed(trained):
+            parameter.backward(torch.zeros_like(parameter))
+            parameter.grad = None

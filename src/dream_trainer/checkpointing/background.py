@@ -1,0 +1,72 @@
+"""A save that is written while the training goes on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dream_trainer.errors import CheckpointError
+from dream_trainer.storage import StagedState, address
+
+
+class BackgroundSave:
+    """Copies, then commits, in a thread of its own.
+
+    The optimizers' next step waits for the copy, and for nothing else, whoever calls it.
+
+    Args:
+        staged: the copy that has begun.
+        commit: writes it and returns, or raises, when that is done.
+        optimizers: what changes the tensors that are still being copied.
+    """
+
+    def __init__(
+        self, staged: StagedState, commit: Callable[[], object], optimizers: Iterable[Optimizer]
+    ) -> None:
+        self.failure: CheckpointError | None = None
+        self._staged, self._commit = staged, commit
+        self._hooks = [one.register_step_pre_hook(self._before_step) for one in optimizers]
+        # No daemon: a program that ends, ends after its last checkpoint.
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=False)
+        self._thread.start()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it is committed, or has failed."""
+        return not self._thread.is_alive()
+
+    def finish(self) -> None:
+        """Return when it is done."""
+        self._staged.release()
+        self._thread.join()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def _run(self) -> None:
+        try:
+            self._staged.copy()
+            self._commit()
+        except CheckpointError as error:
+            self.failure = error
+        except BaseException as error:  # noqa: BLE001 - a thread has nobody to raise it to
+            self.failure = CheckpointError("checkpoint", [f"{type(error).__name__}: {error}"])
+
+    def _before_step(self, *_: Any) -> None:
+        self._staged.release()
+
+
+def stepped_tensors(optimizers: Iterable[Optimizer]) -> set[int]:
+    """Addresses of what only an optimizer's step changes: its parameters and their state."""
+    return {
+        address(tensor)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        for tensor in (parameter, *optimizer.state.get(parameter, {}).values())
+        if isinstance(tensor, Tensor)
+    }
