@@ -8,6 +8,8 @@ process of that rank (0 if it is left out, ``*`` for every rank). NAME is one of
     a name in ``PLACES``    after-rename:2
     in-save, in-restore     in-save:5000  the N-th call or return of any function, Python or C,
                                           on a thread that is inside a save, or inside a restore
+    stalled-save            as in-save, but that thread stands still for a while before the kill,
+                            so that the training gets as far ahead of it as it can
     file                    file:120      right before the N-th change of a file of the run
 """
 
@@ -19,6 +21,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +48,8 @@ INSIDE = {
     "in-save": (
         ("dream_trainer.checkpointing", "Checkpointer.save"),
         ("dream_trainer.checkpointing", "CheckpointStore.prune"),
+        ("dream_trainer.storage", "StagedState.copy"),
+        ("dream_trainer.storage", "StagedState.release"),
         ("dream_trainer.storage", "save_directory"),
     ),
     "in-restore": (
@@ -52,6 +57,8 @@ INSIDE = {
         ("dream_trainer.trainer.restore", "open_run_directory"),
     ),
 }
+INSIDE["stalled-save"] = INSIDE["in-save"]
+_STALL_SECONDS = 0.05
 _CHANGES = {
     *("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"),
     *("os.link", "os.symlink", "shutil.rmtree", "shutil.move"),
@@ -64,10 +71,11 @@ class Trigger:
     Args:
         number: counted from 1.
         report: file that is told where the process was when it was killed.
+        stall: seconds that the thread of the event stands still before the kill.
     """
 
-    def __init__(self, number: int, report: Path) -> None:
-        self._number, self._report = number, report
+    def __init__(self, number: int, report: Path, stall: float = 0.0) -> None:
+        self._number, self._report, self._stall = number, report, stall
         self._events = itertools.count(1)  # its next() is one step for all threads
         self._pid = os.getpid()
         self.marks: list[int] = []
@@ -80,6 +88,8 @@ class Trigger:
         self._number = 0  # the report's own events are none
         thread = threading.current_thread().name
         self._report.write_text(f"{thread}\n" + "".join(traceback.format_stack()[-9:-2]))
+        if self._stall:
+            time.sleep(self._stall)
         os.kill(os.getpid(), signal.SIGKILL)
 
     def mark(self) -> None:
@@ -95,7 +105,8 @@ def arm(moment: str, run_directory: Path, report: Path) -> tuple[Trigger, dict[s
     """
     name, number, rank = [*moment.split(":"), "0"][:3]
     is_mine = rank in ("*", os.environ.get("RANK", "0"))
-    trigger = Trigger(int(number) if is_mine else 0, report)
+    stall = _STALL_SECONDS if name == "stalled-save" else 0.0
+    trigger = Trigger(int(number) if is_mine else 0, report, stall)
     if name in HOOKS:
         hook = {name: lambda *_: trigger.event()}
         return trigger, {"kills": type("Kills", (Callback,), hook)()}
