@@ -153,6 +153,10 @@ class Job:
         """Start it and let it end; nothing of earlier kills is left then."""
         codes = self.run(moment)
         assert codes == [0] * self.ranks, f"{self}: exit codes {codes} of a run nobody killed"
+        store = CheckpointStore(self.directory / "checkpoints")
+        newest = (store.directory / "newest").resolve()
+        assert newest == store.paths()[-1].resolve(), f"{self}: newest is {newest.name}"
+        assert len(store.paths()) <= 3, f"{self}: {store.paths()}"  # two newest and the best
         leftovers = [path.name for path in self.directory.rglob("*.tmp")]
         assert not leftovers, f"{self}: {leftovers} left behind; killed in {self.killed_where()}"
         return self.end()

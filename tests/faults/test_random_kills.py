@@ -14,6 +14,7 @@ import pytest
 from driver import KILLED, SECONDS, End, Job, assert_same_end, draw
 from killable_run import CELLS, STEPS
 
+PARTS = 12
 Marks = Callable[..., list[int]]
 
 
@@ -39,6 +40,23 @@ def test_inside_a_save(
     kind = rng.choice(["in-save", "in-save", "stalled-save"])
     job.killed(f"{kind}:{rng.randint(ends[save] + 1, ends[save + 1])}")
     assert_same_end(job.finish(), straight(job.cell), job)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("part", range(PARTS))
+def test_before_every_change_of_a_file(
+    part: int, tmp_path: Path, straight: Callable[..., End], marks: Marks
+) -> None:
+    failures = []
+    for number in range(part + 1, marks("file", "both")[-1], PARTS):
+        job = Job(tmp_path, f"killed-{number}")
+        try:
+            job.killed(f"file:{number}")
+            assert_same_end(job.finish(), straight("both"), job)
+        except AssertionError as error:
+            failures.append(f"file:{number}: {error}")
+    assert not failures, "\n".join(failures)
 
 
 @times(20, short=2)
