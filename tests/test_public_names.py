@@ -25,9 +25,10 @@ PROMISED = {
     "dream_trainer.configs": ("DeviceParameters", "TrainingParameters", "CheckpointParameters"),
     "dream_trainer.world": ("DreamWorld", "DreamFabric", "MeshStrategy"),
     "dream_trainer.data": ("ResumableLoader",),
-    "dream_trainer.checkpointing": ("Checkpointer",),
+    "dream_trainer.checkpointing": ("Checkpointer", "export_checkpoint"),
     "dream_trainer.callbacks": ("Callback",),
     "dream_trainer.cli": ("DreamCLI",),
+    "dream_trainer.verification": ("ResumeReport", "verify_resume"),
 }
 NAMES = [(module, name) for module, names in PROMISED.items() for name in names]
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         MetricLogger,
         ProgressBar,
     )
-    from dream_trainer.checkpointing import Checkpointer
+    from dream_trainer.checkpointing import Checkpointer, export_checkpoint
     from dream_trainer.cli import DreamCLI
     from dream_trainer.configs import CheckpointParameters, DeviceParameters, TrainingParameters
     from dream_trainer.data import ResumableLoader
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         DreamTrainer,
         DreamTrainerConfig,
     )
+    from dream_trainer.verification import ResumeReport, verify_resume
     from dream_trainer.world import DreamFabric, DreamWorld, MeshStrategy
 
 __version__ = "0.1.0"
@@ -40,7 +41,7 @@ _HOMES = {
         "MetricLogger",
         "ProgressBar",
     ),
-    "checkpointing": ("Checkpointer",),
+    "checkpointing": ("Checkpointer", "export_checkpoint"),
     "cli": ("DreamCLI",),
     "configs": ("CheckpointParameters", "DeviceParameters", "TrainingParameters"),
     "data": ("ResumableLoader",),
@@ -52,6 +53,7 @@ _HOMES = {
         "DreamTrainer",
         "DreamTrainerConfig",
     ),
+    "verification": ("ResumeReport", "verify_resume"),
     "world": ("DreamFabric", "DreamWorld", "MeshStrategy"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -76,7 +78,10 @@ __all__ = [
     "MetricLogger",
     "ProgressBar",
     "ResumableLoader",
+    "ResumeReport",
     "TrainingParameters",
+    "export_checkpoint",
+    "verify_resume",
 ]
 
 

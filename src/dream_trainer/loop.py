@@ -23,6 +23,7 @@ import torch
 from dream_trainer.accumulation import AccumulationWindow
 from dream_trainer.data import ResumableLoader
 from dream_trainer.errors import ConfigError
+from dream_trainer.interruption import Interruption
 from dream_trainer.metrics import LoggedValues, merge_ranks, observation, totals
 from dream_trainer.randomness import derive, rng_state, seed_everything, set_rng_state
 
@@ -53,19 +54,25 @@ class FitLoop:
         self.train_loader = train_loader
         self.val_loader = val_loader
         self.window = window
+        self.interruption = Interruption(trainer.world)
         self._clock = clock
         self._last_time = 0.0
 
     def run(self) -> None:
-        """Train until a limit is reached or `stop` was called."""
+        """Train until a limit is reached or `stop` was called.
+
+        Raises:
+            Interrupted: after a batch, if Ctrl-C or SIGTERM asked for it.
+        """
         self._last_time = self._clock()
-        if self.trainer.progress.is_step_open:
-            self.finish_step()  # the checkpoint lies between a step and its validation
-        while not self.is_done or self._has_epoch_to_finish:
-            self.train_epoch()
-            if not self.trainer.progress.train_epoch_finished:
-                return  # stopped inside the epoch; a later run goes on from there
-            self.finish_epoch()
+        with self.interruption:
+            if self.trainer.progress.is_step_open:
+                self.finish_step()  # the checkpoint lies between a step and its validation
+            while not self.is_done or self._has_epoch_to_finish:
+                self.train_epoch()
+                if not self.trainer.progress.train_epoch_finished:
+                    return  # stopped inside the epoch; a later run goes on from there
+                self.finish_epoch()
 
     @property
     def is_done(self) -> bool:
@@ -109,8 +116,11 @@ class FitLoop:
         # Closed here, or an error's traceback would keep the loader's workers alive.
         with closing(iter(self.train_loader)) as batches:
             for batch in batches:
-                if self.train_step(self.trainer.world.to_device(batch)):
+                is_window_end = self.train_step(self.trainer.world.to_device(batch))
+                if is_window_end:
                     self.finish_step()
+                self.interruption.check()
+                if is_window_end:
                     if not self._epoch_has_steps_left:
                         return True
                     if self.is_done:

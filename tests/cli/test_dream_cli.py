@@ -208,6 +208,24 @@ def test_a_file_merges_a_mapping_into_its_default_by_name() -> None:
     assert config.weights == {"a": 1.0, "b": 3.0, "c": 4.0, "d": 5.0}
 
 
+def test_a_rename_mapping_can_be_written_in_every_way() -> None:
+    text = """
+    checkpoint_parameters:
+      init_from: other.pt
+      init_strict: false
+      init_rename: {backbone.layers: encoder, head: null, 0: 1, "": net}
+    """
+    parameters = parsed("--config", write("one.yaml", text)).checkpoint_parameters
+    assert parameters.init_rename == {"backbone.layers": "encoder", "head": None, 0: 1, "": "net"}
+    assert parameters.init_strict is False
+    flag = "--checkpoint_parameters.init_rename"
+    json_words = flag + '={"backbone.layers": "encoder", "head": null}'
+    init_from = "--checkpoint_parameters.init_from=a.pt"
+    for args in ([json_words], [f"{flag}.a=b", f"{flag}.head=null"]):
+        renamed = parsed(init_from, *args).checkpoint_parameters.init_rename
+        assert list(renamed.values()) == ["encoder" if len(args) == 1 else "b", None]
+
+
 def test_loggers_and_strategies_are_named_by_class_path() -> None:
     from lightning.fabric.loggers import CSVLogger
     from lightning.fabric.strategies import DDPStrategy

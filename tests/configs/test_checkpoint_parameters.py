@@ -15,10 +15,16 @@ def test_all_problems_are_reported_at_once() -> None:
         "mode": "lowest",
         "keep_last": 0,
         "keep_top_k": -1,
+        "init_rename": {"a": True, "b": [], "c": None, "d": "", 0: 1},
     }
     with pytest.raises(ConfigError) as caught:
         CheckpointParameters(**wrong)
-    assert [problem.split("=")[0] for problem in caught.value.problems] == list(wrong)
+    assert [problem.split("=")[0] for problem in caught.value.problems] == [
+        *list(wrong)[:-1],
+        "init_rename is set and init_from is not: there is nothing to rename",
+        "init_rename: 'a': True is neither a name nor null",
+        "init_rename: 'b': [] is neither a name nor null",
+    ]
     assert str(caught.value).startswith("checkpoint_parameters:\n  - every_n_steps=0")
 
 

@@ -4,13 +4,14 @@ import io
 import pickle
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
 from dream_trainer.errors import CheckpointError
-from dream_trainer.storage import flatten, read_tree
+from dream_trainer.storage import flatten, read_outline, read_parts, read_tree
 from dream_trainer.storage.dcp import write_tree
 
 
@@ -209,3 +210,35 @@ def test_broken_metadata_is_a_checkpoint_error(tmp_path: Path, content: bytes) -
 def test_a_directory_that_is_no_checkpoint_is_a_checkpoint_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="FileNotFoundError"):
         read_tree(tmp_path / "nothing")
+
+
+def test_an_outline_has_everything_but_the_content_of_tensors(tmp_path: Path) -> None:
+    tree = {"w": torch.ones(3, 2), "n": [1, torch.ones(2).bfloat16()], "b": "text"}
+    write_tree(tmp_path / "c", flatten(tree, {"own": torch.ones(1)}))
+    outline = read_outline(tmp_path / "c")
+    assert list(outline) == list(tree)
+    assert (outline["n"][0], outline["b"]) == (1, "text")
+    for found, saved in ((outline["w"], tree["w"]), (outline["n"][1], tree["n"][1])):
+        assert (found.device.type, found.shape, found.dtype) == ("meta", saved.shape, saved.dtype)
+
+
+def test_parts_are_read_and_nothing_else(tmp_path: Path) -> None:
+    tree = {"a": {"w": torch.ones(3, 2), "n": [1, torch.ones(2)]}, "b": torch.zeros(4)}
+    write_tree(tmp_path / "c", flatten(tree, {}))
+    asked = []
+
+    def like(path: object, size: torch.Size) -> None:
+        asked.append(path)
+
+    parts = read_parts(tmp_path / "c", [("a", "w"), ("a", "n")], like)
+    assert_same(parts, {("a", "w"): tree["a"]["w"], ("a", "n"): tree["a"]["n"]})
+    assert sorted(asked, key=len) == [("a", "w"), ("a", "n", 1)]
+
+
+@pytest.mark.parametrize("read", [read_outline, lambda path: read_parts(path, [("a",)])])
+def test_an_outline_and_parts_are_read_as_safely_as_the_whole(tmp_path: Path, read: Any) -> None:
+    dcp_save(tmp_path, {"a": Path("x")})
+    with pytest.raises(CheckpointError, match="a is a pickle"):
+        read(tmp_path / "c")
+    with pytest.raises(CheckpointError):
+        read(tmp_path / "gone")

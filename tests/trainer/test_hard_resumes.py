@@ -122,6 +122,73 @@ class WorkersOfAStream(TinyTrainer):
         return DataLoader(Stream(), 4, num_workers=1, persistent_workers=True, generator=generator)
 
 
+class Groups(TinyTrainer):
+    """The last layer alone trains first; a callback adds the others later."""
+
+    def configure_models(self) -> None:
+        super().configure_models()
+        self.net[0].requires_grad_(False)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.net[3].parameters(), lr=self.config.lr)
+
+
+class Unfreezes(Callback):
+    def post_train_step(self, trainer: Any, *arguments: Any) -> None:
+        if trainer.global_step == 3:
+            first = trainer.get_module("net.0").requires_grad_()
+            (optimizer,) = trainer.named_optimizers().values()
+            group = {"params": list(first.parameters()), "lr": 0.01, "initial_lr": 0.01}
+            optimizer.add_param_group(group)
+            scheduler = trainer.get_scheduler_from_optimizer(optimizer)
+            scheduler.base_lrs.append(0.01)
+
+
+class Counting(torch.optim.SGD):
+    """State that is no parameter's, and state beside torch's two entries."""
+
+    calls = 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.calls += 1
+        self.state["all"] = {"sum": self.state.get("all", {"sum": torch.zeros(1)})["sum"] + 1}
+        for group in self.param_groups:
+            group["lr"] = 0.05 / (self.calls + float(self.state["all"]["sum"]))
+        return super().step(closure)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "calls": self.calls}
+
+    def load_state_dict(self, state: Any) -> None:
+        super().load_state_dict({k: v for k, v in state.items() if k != "calls"})
+        self.calls = state["calls"]
+
+
+class OwnOptimizer(TinyTrainer):
+    def configure_optimizers(self) -> Any:
+        return Counting(self.net.parameters(), lr=0.05)
+
+    def configure_schedulers(self) -> Any:
+        return None
+
+
+class MetricInside(TinyTrainer):
+    """A metric that is part of the model, and steers it."""
+
+    def configure_models(self) -> None:
+        self.net = nn.ModuleDict({"body": mlp(), "mean": MeanMetric()})
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.net.parameters(), lr=0.05)
+
+    def compute_loss(self, batch: Any, batch_idx: int) -> Any:
+        body, mean = self.net.module["body"], self.net.module["mean"]
+        loss = (body(batch["x"]) - batch["y"]).square().mean()
+        if torch.is_grad_enabled():
+            mean.update(loss.detach())
+        return loss * mean.compute()
+
+
 class LateValues(Callback):
     def post_epoch(self, trainer: Any) -> None:
         trainer.log("late", float(trainer.global_step))
@@ -137,7 +204,13 @@ CASES: dict[str, tuple[type[TinyTrainer], dict[str, Any]]] = {
     "metrics of metrics": (MetricsOfMetrics, {}),
     "cut epochs": (CutEpochs, {"train_steps_per_epoch": 3}),
     "workers of a stream": (WorkersOfAStream, {}),
-    "late values": (TinyTrainer, {"num_samples": 12, "val_every_n_steps": 2}),
+    "groups added": (Groups, {"callbacks": Unfreezes}),
+    "optimizer of its own": (OwnOptimizer, {}),
+    "metric inside a model": (MetricInside, {}),
+    "late values": (
+        TinyTrainer,
+        {"num_samples": 12, "val_every_n_steps": 2, "callbacks": LateValues},
+    ),
 }
 
 
@@ -147,11 +220,13 @@ def test_stopping_at_every_step_changes_nothing(tmp_path: Path, case: str) -> No
     kind, options = CASES[case]
 
     def run(experiment: str, max_steps: int) -> Any:
-        callbacks = {"late": LateValues()} if case == "late values" else {}
+        known = {key: value for key, value in options.items() if key != "callbacks"}
+        callbacks = {"one": options["callbacks"]()} if "callbacks" in options else {}
         trainer = tiny(
             tmp_path,
             kind,
-            **{"experiment": experiment, "callbacks": callbacks, "n_epochs": None} | options,
+            **{"experiment": experiment, "n_epochs": None} | known,
+            callbacks=callbacks,
             max_steps=max_steps,
         )
         trainer.fit()

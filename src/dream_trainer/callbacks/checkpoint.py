@@ -5,13 +5,23 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from dream_trainer.callbacks.callback import Callback
 from dream_trainer.errors import CheckpointError
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
+
+
+class _Place(NamedTuple):
+    """What tells two saves of a run apart."""
+
+    num_batches: int
+    num_steps: int
+    epoch: int
+    in_epoch: bool
+    last_validation_step: int
 
 
 class CheckpointCallback(Callback):
@@ -27,7 +37,7 @@ class CheckpointCallback(Callback):
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._last_time = 0.0
-        self._saved_at: tuple[int, int, bool] | None = None
+        self._saved_at: _Place | None = None
 
     def pre_fit(self, trainer: BaseTrainer) -> None:
         """Start the clock."""
@@ -62,14 +72,34 @@ class CheckpointCallback(Callback):
             self._save(trainer)
             trainer.checkpointer.wait()
 
+    def on_interrupt(self, trainer: BaseTrainer) -> None:
+        """Save, if the signal let the batch under way end."""
+        is_asked_for = trainer.writes_run_directory and trainer.checkpoint_parameters.on_interrupt
+        if not (is_asked_for and trainer.is_interrupted_between_batches):
+            return
+        if self._saved_at != self._place(trainer):
+            self._save(trainer)
+            trainer.checkpointer.wait()
+        trainer.world.print(f"saved at step {trainer.global_step}; the same command goes on")
+
     def _is_due(self, trainer: BaseTrainer) -> bool:
         parameters, progress = trainer.checkpoint_parameters, trainer.progress
         if not parameters.enable or self._saved_at == self._place(trainer):
             return False
         every_steps, every_epochs = parameters.every_n_steps, parameters.every_n_epochs
-        is_due = every_steps is not None and progress.num_steps % every_steps == 0
+        last = self._saved_at
+        is_due = (
+            every_steps is not None
+            and progress.num_steps % every_steps == 0
+            and (last is None or last.num_steps != progress.num_steps)
+        )
         if not progress.in_epoch and every_epochs is not None:
             is_due |= progress.epoch % every_epochs == 0
+        if parameters.after_validation:
+            validated = progress.last_validation_step
+            is_due |= validated == progress.num_steps and (
+                last is None or last.last_validation_step != validated
+            )
         if parameters.every_n_minutes is not None:
             # Ranks' clocks differ; acting on their own they would wait for each other for ever.
             # Costs a broadcast per step, with this trigger only.
@@ -95,6 +125,6 @@ class CheckpointCallback(Callback):
             optimizers=trainer.components.optimizers.values(),
         )
 
-    def _place(self, trainer: BaseTrainer) -> tuple[int, int, bool]:
+    def _place(self, trainer: BaseTrainer) -> _Place:
         progress = trainer.progress
-        return progress.num_steps, progress.epoch, progress.in_epoch
+        return _Place(**{name: getattr(progress, name) for name in _Place._fields})

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dream_trainer.callbacks.callback import Callback
 from dream_trainer.errors import NonFiniteError
-from dream_trainer.loggers import JsonlLog
+from dream_trainer.loggers import JsonlLog, purge_after
 from dream_trainer.metrics import Observations, merge_ranks, totals
 
 if TYPE_CHECKING:
@@ -38,15 +39,22 @@ class MetricLogger(Callback):
         self._pending: list[tuple[dict[str, Any], Observations]] = []
         self._log: JsonlLog | None = None
         self._size = 0
+        self._unwritten: list[dict[str, Any]] = []
         self._last_validation_step = self._last_train_epoch = -1
 
     def pre_fit(self, trainer: BaseTrainer) -> None:
-        """Open the log and cut what a killed run wrote after its last checkpoint."""
-        if trainer.world.is_global_zero and trainer.writes_run_directory:
-            self._log = JsonlLog(trainer.run_directory / "metrics.jsonl")
-            self._log.cut(self._size)
-        else:
+        """Open the logs and cut what a killed run wrote after its last checkpoint."""
+        if not (trainer.world.is_global_zero and trainer.writes_run_directory):
             self._size = 0
+            self._unwritten = []
+            return
+        self._log = JsonlLog(trainer.run_directory / "metrics.jsonl")
+        if not trainer.progress.num_batches:
+            self._log.start_afresh()
+            return
+        self._log.cut(self._size)
+        for logger in trainer.loggers.values():
+            purge_after(logger, trainer.global_step)
 
     def collect(self, trainer: BaseTrainer) -> None:
         """Write all rows of what is finished, for a checkpoint that is taken now. Collective.
@@ -87,10 +95,18 @@ class MetricLogger(Callback):
             self._pending.append((self._place(trainer), values))
 
     def close(self, trainer: BaseTrainer) -> None:
-        """Close the log."""
+        """Close the log.
+
+        Raises:
+            OSError: rows are left that cannot be written.
+        """
         if self._log is not None:
-            self._log.close()
-            self._log = None
+            log, self._log = self._log, None
+            unwritten, self._unwritten = self._unwritten, []
+            try:
+                log.write(unwritten)
+            finally:
+                log.close()
 
     def flush(self, trainer: BaseTrainer) -> None:
         """Move, average and write what is pending. On every rank; a host synchronisation."""
@@ -118,6 +134,7 @@ class MetricLogger(Callback):
         """Length of the log after `collect`, and the last epoch and validation in it."""
         return {
             "size": self._size,
+            "unwritten": list(self._unwritten),
             "last_train_epoch": self._last_train_epoch,
             "last_validation_step": self._last_validation_step,
         }
@@ -125,6 +142,7 @@ class MetricLogger(Callback):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Remember where to cut the log."""
         self._size = state_dict["size"]
+        self._unwritten = list(state_dict["unwritten"])
         self._last_train_epoch = state_dict["last_train_epoch"]
         self._last_validation_step = state_dict["last_validation_step"]
         self._pending.clear()
@@ -152,12 +170,25 @@ class MetricLogger(Callback):
         if not trainer.world.is_global_zero:
             return
         if self._log is not None:
-            self._log.write(rows)
-            self._size = self._log.size
+            self._write_log(self._log, rows)
         for logger in trainer.loggers.values():
             for row in rows:
                 metrics = {k: v for k, v in row.items() if k not in ("step", "epoch")}
                 logger.log_metrics(metrics | {"epoch": row["epoch"]}, step=row["step"])
+
+    def _write_log(self, log: JsonlLog, rows: list[dict[str, Any]]) -> None:
+        """Rows that a full disk has no place for are written with later ones."""
+        was_full = bool(self._unwritten)
+        self._unwritten += rows
+        try:
+            log.write(self._unwritten)
+        except OSError as error:
+            if not was_full:
+                text = f"rows of {log.path} are kept in memory until they can be written: {error}"
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+            return
+        self._unwritten = []
+        self._size = log.size
 
     def _place(self, trainer: BaseTrainer) -> dict[str, Any]:
         return {"step": trainer.global_step, "epoch": trainer.current_epoch}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from dream_trainer.cli.export import add_export_command
 from dream_trainer.errors import ConfigError
 
 
@@ -73,4 +74,6 @@ def command_parser(prog: str, target: bool) -> argparse.ArgumentParser:
                 help="the trainer: my_package.train:MyTrainer, or path/to/train.py:MyTrainer; "
                 "with --help after it, its options are listed",
             )
+    if target:
+        add_export_command(commands, prog)
     return parser

@@ -10,6 +10,7 @@ from typing import Any
 
 from dream_trainer.cli.commands import command_parser
 from dream_trainer.cli.dream_cli import DreamCLI
+from dream_trainer.cli.export import export
 from dream_trainer.cli.messages import exit_statuses, first_rank_speaks
 from dream_trainer.errors import ConfigError
 
@@ -17,7 +18,7 @@ _PROG = "dream-trainer"
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run ``dream-trainer COMMAND MODULE:CLASS [options]``.
+    """Run ``dream-trainer COMMAND MODULE:CLASS [options]``, or ``dream-trainer export``.
 
     Args:
         args: the words after the program's name; ``sys.argv`` without them.
@@ -25,7 +26,12 @@ def main(args: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if args is None else args)
     with exit_statuses(_PROG):
         with first_rank_speaks():
-            first = command_parser(_PROG, target=True).parse_args(words[:2])
+            # A trainer's own options begin after its name.
+            own = words if words[:1] == ["export"] else words[:2]
+            first = command_parser(_PROG, target=True).parse_args(own)
+        if first.command == "export":
+            export(first)
+            return
         trainer_class = load_class(first.target)
     DreamCLI(trainer_class, [first.command, *words[2:]], prog=f"{_PROG} {{}} {first.target}")
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from dream_trainer.errors import ConfigError
 
+_CHANGEABLE = ("seed", "dataset_length")
 _COUNTS = ("every_n_steps", "every_n_epochs", "keep_every_n_steps")
 
 
@@ -26,6 +27,10 @@ class CheckpointParameters:
     """Save after every n-th epoch. The end of a run always saves."""
     every_n_minutes: float | None = None
     """Save when so many minutes have passed since the last save, by rank 0's clock."""
+    after_validation: bool = False
+    """Save after every validation."""
+    on_interrupt: bool = True
+    """Save when Ctrl-C or SIGTERM ends the run, after the batch under way."""
     monitor: str | None = None
     """The metric that ranks checkpoints, ``"val/loss"`` for example."""
     mode: Literal["min", "max"] = "min"
@@ -37,12 +42,20 @@ class CheckpointParameters:
     keep_every_n_steps: int | None = None
     """Keep for good every checkpoint at a multiple of n steps."""
     async_save: bool = True
-    """Let training go on while a checkpoint is written, where that is supported."""
+    """Let training go on while a checkpoint is written. Costs CPU memory for one more state."""
     resume: str = "auto"
     """``"auto"`` continues the newest whole checkpoint of this run if there is one,
     ``"never"`` starts a fresh run directory, ``"must"`` fails without one, a path takes that."""
+    allow_changed: list[str] = field(default_factory=list)
+    """What may differ from the checkpoint although it ends exactness: ``"seed"``,
+    ``"dataset_length"``."""
     init_from: str | None = None
-    """A checkpoint whose model weights a fresh run starts from."""
+    """Where a fresh run takes its model weights from: a checkpoint or a run's directory of ours,
+    a file of ``fabric.save`` or ``torch.save``, a Lightning ``.ckpt``, or ``.safetensors``."""
+    init_rename: dict[str, str | int | None] = field(default_factory=dict)
+    """Beginnings of names in ``init_from`` and what stands there here; null leaves a part out."""
+    init_strict: bool = True
+    """Whether all of ``init_from`` must fit; if not, what fits is loaded and the rest reported."""
 
     def __post_init__(self) -> None:
         problems = [
@@ -59,5 +72,17 @@ class CheckpointParameters:
             problems.append(f"keep_last={self.keep_last}: the newest checkpoint must stay")
         if not (isinstance(self.keep_top_k, int) and self.keep_top_k >= 0):
             problems.append(f"keep_top_k={self.keep_top_k} is below 0")
+        unknown = [name for name in self.allow_changed if name not in _CHANGEABLE]
+        problems += [
+            f"allow_changed: {name!r} is none of {', '.join(_CHANGEABLE)}" for name in unknown
+        ]
+        if self.init_rename and self.init_from is None:
+            problems.append("init_rename is set and init_from is not: there is nothing to rename")
+        problems += [
+            f"init_rename: {old!r}: {new!r} is neither a name nor null"
+            for old, new in self.init_rename.items()
+            # Layers of a Sequential are numbers, and YAML reads them as such.
+            if not isinstance(new, (str, int, type(None))) or isinstance(new, bool)
+        ]
         if problems:
             raise ConfigError("checkpoint_parameters", problems)

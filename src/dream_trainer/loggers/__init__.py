@@ -2,5 +2,6 @@
 
 from dream_trainer.loggers.jsonl import JsonlLog
 from dream_trainer.loggers.protocol import Logger
+from dream_trainer.loggers.tensorboard import purge_after
 
-__all__ = ["JsonlLog", "Logger"]
+__all__ = ["JsonlLog", "Logger", "purge_after"]

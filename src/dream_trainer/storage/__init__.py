@@ -2,8 +2,8 @@
 
 from dream_trainer.storage.atomic import atomic_file, write_text
 from dream_trainer.storage.collective import Group, all_gather, on_rank_zero
-from dream_trainer.storage.dcp import Like, flatten, read_tree
-from dream_trainer.storage.directory import move_aside, save_directory
+from dream_trainer.storage.dcp import Like, flatten, read_outline, read_parts, read_tree
+from dream_trainer.storage.directory import free_name, move_aside, save_directory
 from dream_trainer.storage.manifest import FORMAT_VERSION, Manifest
 from dream_trainer.storage.staging import StagedState, StagingBuffers, address
 from dream_trainer.storage.tree import Tree, TreePath, join, split, tensor_leaves
@@ -21,9 +21,12 @@ __all__ = [
     "all_gather",
     "atomic_file",
     "flatten",
+    "free_name",
     "join",
     "move_aside",
     "on_rank_zero",
+    "read_outline",
+    "read_parts",
     "read_tree",
     "save_directory",
     "split",

@@ -8,11 +8,13 @@ writer keeps only one of several entries with equal names.
 
 from __future__ import annotations
 
+import functools
 import io
+import operator
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -108,6 +110,55 @@ def read_tree(directory: Path, like: Like | None = None, *, rank: int = 0) -> tu
     Raises:
         CheckpointError: it is not readable, or holds something else than tensors.
     """
+    with _opened(directory) as (reader, metadata):
+        shared = _read(reader, metadata, "", like)
+        prefix = f"__rank_{rank}__"
+        is_there = prefix + _PLAIN in metadata.state_dict_metadata
+        local = _read(reader, metadata, prefix if is_there else "__rank_0__", None)
+    return shared, local
+
+
+def read_outline(directory: Path) -> Tree:
+    """The shared part of a checkpoint with its tensors on the meta device: shapes and types.
+
+    Raises:
+        CheckpointError: as `read_tree`.
+    """
+    with _opened(directory) as (reader, metadata):
+        skeleton, paths = _plain_part(reader, metadata, "")
+        entries = {path: _entry(metadata, name) for name, path in paths.items()}
+        metas = {
+            path: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+            for path, entry in entries.items()
+        }
+        return merge(skeleton, metas)
+
+
+def read_parts(
+    directory: Path, places: Collection[TreePath], like: Like | None = None
+) -> dict[TreePath, Tree]:
+    """What is at some places of the shared part; the tensors elsewhere are not read.
+
+    Raises:
+        CheckpointError: as `read_tree`.
+        KeyError: there is no such place.
+    """
+    wanted = set(places)
+    with _opened(directory) as (reader, metadata):
+        skeleton, paths = _plain_part(reader, metadata, "")
+        chosen = {
+            name: path
+            for name, path in paths.items()
+            if any(path[:length] in wanted for length in range(len(path) + 1))
+        }
+        tensors = _load(reader, metadata, _templates(metadata, chosen, like))
+    tree = merge(skeleton, {path: tensors[name] for name, path in chosen.items()})
+    return {place: functools.reduce(operator.getitem, place, tree) for place in places}
+
+
+@contextmanager
+def _opened(directory: Path) -> Iterator[tuple[_SafeReader, Metadata]]:
+    """The index of a checkpoint of ours; whatever goes wrong with it is a `CheckpointError`."""
     reader = _SafeReader(directory)
     try:
         metadata = reader.read_metadata()
@@ -125,14 +176,11 @@ def read_tree(directory: Path, like: Like | None = None, *, rank: int = 0) -> tu
                 ["it was not written by dream_trainer"],
                 "Give the path of a checkpoint directory that a run or DreamWorld.save wrote.",
             )
-        shared = _read(reader, metadata, "", like)
-        prefix = f"__rank_{rank}__"
-        local = _read(reader, metadata, prefix if prefix + _PLAIN in names else "__rank_0__", None)
+        yield reader, metadata
     except CheckpointError:
         raise
     except (Exception, CheckpointException) as error:  # the latter is a BaseException
         raise CheckpointError(str(directory), [f"{type(error).__name__}: {error}"]) from error
-    return shared, local
 
 
 def _entries(tree: Tree, prefix: str, *, with_plain: bool = True) -> dict[str, Tensor]:
@@ -151,13 +199,25 @@ def _entries(tree: Tree, prefix: str, *, with_plain: bool = True) -> dict[str, T
 
 
 def _read(reader: _SafeReader, metadata: Metadata, prefix: str, like: Like | None) -> Tree:
+    skeleton, paths = _plain_part(reader, metadata, prefix)
+    tensors = _load(reader, metadata, _templates(metadata, paths, like))
+    return merge(skeleton, {path: tensors[name] for name, path in paths.items()})
+
+
+def _plain_part(
+    reader: _SafeReader, metadata: Metadata, prefix: str
+) -> tuple[Tree, dict[str, TreePath]]:
+    """What is no tensor, and the paths of the tensors by the names of their entries."""
     plain = _load(reader, metadata, {prefix + _PLAIN: None})[prefix + _PLAIN]
     content = torch.load(io.BytesIO(plain.numpy().tobytes()), weights_only=True)
-    paths: dict[str, TreePath] = content["tensors"]
+    return content["skeleton"], content["tensors"]
+
+
+def _templates(
+    metadata: Metadata, paths: Mapping[str, TreePath], like: Like | None
+) -> dict[str, Tensor | None]:
     sizes = {name: _entry(metadata, name).size for name in paths}
-    templates = {name: like(path, sizes[name]) if like else None for name, path in paths.items()}
-    tensors = _load(reader, metadata, templates)
-    return merge(content["skeleton"], {path: tensors[name] for name, path in paths.items()})
+    return {name: like(path, sizes[name]) if like else None for name, path in paths.items()}
 
 
 def _load(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import shutil
 import uuid
@@ -67,7 +68,7 @@ def save_directory(
             files={name: record for part in parts for name, record in part.items()},
             world_size=world_size,
             saved_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            versions={name: _version(name) for name in _PACKAGES},
+            versions={name: _installed(name) for name in _PACKAGES},
             **facts,
         )
         try:
@@ -147,13 +148,19 @@ def _told(error: BaseException) -> str:
 
 def move_aside(path: Path, reason: str) -> Path:
     """Rename a file or directory to ``<name>.<reason>-<n>``; nothing is deleted."""
+    return path.rename(free_name(path, reason))
+
+
+def free_name(path: Path, reason: str) -> Path:
+    """``<name>.<reason>-<n>`` beside a path, with the first n that is not taken."""
     n = 1
     while (target := path.with_name(f"{path.name}.{reason}-{n}")).exists():
         n += 1
-    return path.rename(target)
+    return target
 
 
-def _version(package: str) -> str:
+@functools.cache  # reads files of the environment, at every save
+def _installed(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -38,12 +38,13 @@ from dream_trainer.trainer.abstract import AbstractTrainer, AbstractTrainerConfi
 from dream_trainer.trainer.components import Components, find_module, steppable_schedulers
 from dream_trainer.trainer.loaders import adopt_loader, count_training_steps
 from dream_trainer.trainer.metric_phases import MetricPhases
-from dream_trainer.trainer.restore import open_run_directory, restore
+from dream_trainer.trainer.restore import lock_run_directory, open_run_directory, restore
 from dream_trainer.trainer.run_directory import (
     config_yaml,
     fresh_experiment_name,
     recorded_or_new_seed,
 )
+from dream_trainer.trainer.run_lock import RunLock
 from dream_trainer.trainer.running import running
 from dream_trainer.trainer.state import apply_state, check_finite, gather_state, seed_rank
 from dream_trainer.world.component_state import gradients
@@ -110,6 +111,7 @@ class BaseTrainer(AbstractTrainer):
         logged: values logged since the last step.
         is_fitting: whether `fit` is under way.
         is_resumed: whether the run continues from a checkpoint.
+        is_interrupted_between_batches: in ``on_interrupt``, whether the state is whole.
         stop_reason: what `stop` was told; None while the run may go on.
         validation_results: of the last validation of the run, by name.
         describe_config: gives the text of ``config.yaml`` for the configuration of the run.
@@ -136,7 +138,7 @@ class BaseTrainer(AbstractTrainer):
         }
         self.metrics = MetricPhases(self)
         self.logged = LoggedValues()
-        self.is_fitting = self.is_resumed = False
+        self.is_fitting = self.is_resumed = self.is_interrupted_between_batches = False
         self.stop_reason: str | None = None
         self.validation_results: Mapping[str, float] = {}
         self.describe_config: Callable[[Any], str] = config_yaml
@@ -194,8 +196,11 @@ class BaseTrainer(AbstractTrainer):
         with running(self):
             self.stop_reason = None
             self.prepare()
+            if self.writes_run_directory:
+                lock_run_directory(self, create=False)
             self._restore(read_only=False)
             if self.writes_run_directory:
+                lock_run_directory(self, create=True)
                 open_run_directory(self)
             self.is_fitting = True
             self.callbacks.pre_fit(self)
@@ -476,6 +481,7 @@ class BaseTrainer(AbstractTrainer):
         )
         self._optimizers = dict(self.named_optimizers())
         self._scheduler_of = steppable_schedulers(self)
+        self.lock = RunLock(self.run_directory)
         self.checkpointer = Checkpointer(
             self.run_directory / "checkpoints", self.world, self.checkpoint_parameters
         )
@@ -487,10 +493,11 @@ class BaseTrainer(AbstractTrainer):
         val = None if val is None else self._adopt(val, "val_dataloader")
         self.loop = FitLoop(self, train, val, self.window, self.clock)
 
-    def finish_saves(self) -> None:
-        """Wait for the save under way, if there is one, and report it if it failed."""
+    def release(self) -> None:
+        """Wait for the save under way, report it if it failed, and let others in."""
         if self._is_prepared:
             self.checkpointer.report(wait=True)
+            self.lock.release()
 
     def _restore(self, *, read_only: bool = True) -> None:
         """Once: continue from a checkpoint, if there is one."""

@@ -85,7 +85,7 @@ class Components:
                 if kind == "models":
                     found = module_problems(own[name], saved[name])
                 elif kind == "optimizers":
-                    found = optimizer_problems(own[name], saved[name], names)
+                    found = optimizer_problems(own[name], saved[name], names, self.models)
                 problems += [f"{kind}.{name}.{problem}" for problem in found]
         return problems
 
@@ -99,7 +99,7 @@ class Components:
                 if kind == "models":
                     load_module_state(own[name], state[kind][name])
                 elif kind == "optimizers":
-                    load_optimizer_state(own[name], state[kind][name], names)
+                    load_optimizer_state(own[name], state[kind][name], names, self.models)
                 else:
                     own[name].load_state_dict(copy.deepcopy(state[kind][name]))
 

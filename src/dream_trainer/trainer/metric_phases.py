@@ -77,18 +77,26 @@ class MetricPhases:
         """What this rank's training metrics have gathered so far in the epoch."""
         return {
             path: {"counts": _counts(metric), "state": dict(metric.metric_state)}
-            for path, metric in _flat(self._copies("train"))
+            for path, metric in self._training_metrics()
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what `state_dict` gave; metrics it does not know stay as they are."""
-        for path, metric in _flat(self._copies("train")):
+        for path, metric in self._training_metrics():
             if path not in state:
                 continue
             for name, value in state[path]["state"].items():
                 setattr(metric, name, _on_device(copy.deepcopy(value), metric))
             vars(metric).update(state[path]["counts"])
             metric._computed = None
+
+    def _training_metrics(self) -> Iterator[tuple[str, Metric]]:
+        yield from _flat(self._copies("train"))
+        # A module saves the states of metrics in it only if they are made persistent.
+        for name, model in self._trainer.components.models.items():
+            for path, part in model.named_modules(prefix=f"models.{name}"):
+                if isinstance(part, Metric):
+                    yield path, part
 
     def _copies(self, phase: str) -> dict[str, AnyMetric]:
         if phase not in self._phases:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 from dream_trainer.errors import ConfigError, StateError
+from dream_trainer.storage import on_rank_zero
 from dream_trainer.trainer.run_directory import record_config
+from dream_trainer.trainer.warm_start import load_weights
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
+
+T = TypeVar("T")
 
 
 def restore(trainer: BaseTrainer, *, read_only: bool) -> None:
@@ -45,33 +50,53 @@ def restore(trainer: BaseTrainer, *, read_only: bool) -> None:
             f"({loaded.path.name}, saved {manifest.saved_at})"
         )
     elif parameters.init_from is not None:
-        _load_weights(trainer, parameters.init_from)
+        load_weights(trainer, parameters.init_from)
+
+
+def lock_run_directory(trainer: BaseTrainer, *, create: bool) -> None:
+    """Keep other processes out of the run directory. A collective.
+
+    Args:
+        trainer: launched.
+        create: make the directory; otherwise nothing happens as long as there is none.
+
+    Raises:
+        ConfigError: another process trains there, or it cannot be written.
+    """
+    directory = trainer.run_directory
+
+    def acquire() -> None:
+        if create:
+            directory.mkdir(parents=True, exist_ok=True)
+        if directory.is_dir():
+            trainer.lock.acquire()
+
+    _on_rank_zero(trainer, acquire)
 
 
 def open_run_directory(trainer: BaseTrainer) -> None:
-    """Record the configuration of the run that is about to write there."""
+    """Record the configuration of the run that is about to write there. A collective."""
     directory, world = trainer.run_directory, trainer.world
     if not trainer.progress.num_batches:
         world.print(f"new run in {directory}")
-    if world.is_global_zero:
+    text = trainer.describe_config(trainer.config)
+    changed = _on_rank_zero(trainer, lambda: record_config(directory, text))
+    if changed:
+        shown = ", ".join(changed[:4]) + (", ..." if len(changed) > 4 else "")
+        world.print(f"the configuration is not the one this run had: {shown}; see config.yaml*")
+
+
+def _on_rank_zero(trainer: BaseTrainer, function: Callable[[], T]) -> T:
+    """The result, or the error, on every rank: alone, the others would wait for rank 0."""
+
+    def guarded() -> T:
         try:
-            changed = record_config(directory, trainer.describe_config(trainer.config))
+            return function()
         except OSError as error:
             raise ConfigError(
                 "root_dir",
-                [f"{directory} cannot be written: {error}"],
+                [f"{trainer.run_directory} cannot be written: {error}"],
                 "Choose another root_dir, or checkpoint_parameters.enable=False.",
             ) from error
-        if changed:
-            shown = ", ".join(changed[:4]) + (", ..." if len(changed) > 4 else "")
-            world.print(f"the configuration is not the one this run had: {shown}; see config.yaml*")
 
-
-def _load_weights(trainer: BaseTrainer, path: str) -> None:
-    loaded = trainer.checkpointer.load(path, trainer.components.template())
-    weights = {"models": loaded.state.get("models", {})}
-    problems = [p for p in trainer.components.problems(weights) if p.startswith("models")]
-    if problems:
-        raise StateError(path, problems, "Fix the model, or leave out init_from.")
-    trainer.components.load_state_dict(weights)
-    trainer.world.print(f"weights from {path}")
+    return on_rank_zero(guarded, trainer.world.rank, trainer.world.size)

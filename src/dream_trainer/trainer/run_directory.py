@@ -14,7 +14,7 @@ import yaml
 from dream_trainer.configs import CheckpointParameters
 from dream_trainer.configs.yaml_text import dump_yaml, load_yaml
 from dream_trainer.randomness import derive
-from dream_trainer.storage import move_aside, write_text
+from dream_trainer.storage import free_name, write_text
 
 # What names a job in every restart of it, by launcher or scheduler.
 _JOB_VARIABLES = ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "LSB_JOBID", "PBS_JOBID")
@@ -58,7 +58,8 @@ def record_config(directory: Path, text: str) -> list[str]:
     if old == text:
         return []
     if old is not None:
-        move_aside(path, "superseded")
+        # A copy, not a rename: killed in between, the run would have lost its drawn seed.
+        write_text(free_name(path, "superseded"), old)
     write_text(path, text)
     return [] if old is None else _differences(load_yaml(old), load_yaml(text)) or ["its text"]
 

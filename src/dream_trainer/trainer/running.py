@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dream_trainer.interruption import Interrupted
+
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
 
@@ -29,7 +31,8 @@ def running(trainer: BaseTrainer) -> Iterator[None]:
         with torch.autograd.set_detect_anomaly(parameters.detect_anomaly):
             yield
         status = "success"
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        trainer.is_interrupted_between_batches = isinstance(interrupt, Interrupted)
         _guarded(trainer.callbacks.on_interrupt, trainer)
         raise
     except BaseException as error:
@@ -37,8 +40,8 @@ def running(trainer: BaseTrainer) -> Iterator[None]:
         raise
     finally:
         torch.use_deterministic_algorithms(was_deterministic)
-        _guarded(trainer.finish_saves)
         _guarded(trainer.callbacks.close, trainer)
+        _guarded(trainer.release)
         if trainer.is_fitting and trainer.world.is_global_zero:
             for logger in trainer.loggers.values():
                 _guarded(partial(logger.finalize, status))

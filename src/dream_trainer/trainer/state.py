@@ -13,10 +13,12 @@ from dream_trainer.progress import Progress
 from dream_trainer.randomness import derive, rng_state, seed_everything, set_rng_state
 from dream_trainer.trainer.finiteness import first_nonfinite
 from dream_trainer.world.component_state import (
+    frozen_parameters,
     gradients_by_name,
     load_gradients,
     load_rank_buffers,
     rank_buffers,
+    set_frozen_parameters,
 )
 from dream_trainer.world.window_gradients import load_window_gradients, window_gradients
 
@@ -47,6 +49,7 @@ def gather_state(trainer: BaseTrainer) -> dict[str, Any]:
             "gradients": gradients_by_name(models, sharded_only=is_in_window),
             "window": _window_state(trainer) if is_in_window else {},
             "validation_results": dict(trainer.validation_results),
+            "frozen": frozen_parameters(models),
             "metrics": trainer.metrics.state_dict(),
             "logged": trainer.logged.state_dict(),
             "buffers": rank_buffers(models) if trainer.world.size > 1 else {},
@@ -87,6 +90,8 @@ def apply_state(trainer: BaseTrainer, state: Mapping[str, Any], strict: bool) ->
     trainer.callbacks.load_state_dict(state.get("callbacks", {}))
     trainer.world.load_precision_state(state.get("precision", {}))
     models = trainer.components.models
+    if "frozen" in own:
+        set_frozen_parameters(models, own["frozen"])
     load_gradients(models, own.get("gradients", {}))
     trainer.validation_results = dict(own.get("validation_results", {}))
     trainer.window.load_state_dict({})

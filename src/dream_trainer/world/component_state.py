@@ -98,8 +98,12 @@ def optimizer_state(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str,
     """State and parameter groups with parameters by name instead of by index."""
     state = optimizer.state_dict()
     by_index = _names_by_index(optimizer, names)
+    own = state["state"]
     return {
-        "state": {by_index[index]: dict(entry) for index, entry in state["state"].items()},
+        # Optimizers may keep more than torch's two entries, and state that is no parameter's.
+        **{key: value for key, value in state.items() if key not in ("state", "param_groups")},
+        "state": {by_index[i]: dict(own[i]) for i in own if i in by_index},
+        "other_state": {key: value for key, value in own.items() if key not in by_index},
         "param_groups": [
             {**group, "params": [by_index[index] for index in group["params"]]}
             for group in state["param_groups"]
@@ -108,14 +112,19 @@ def optimizer_state(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str,
 
 
 def optimizer_problems(
-    optimizer: Optimizer, state: Mapping[str, Any], names: Mapping[int, str]
+    optimizer: Optimizer,
+    state: Mapping[str, Any],
+    names: Mapping[int, str],
+    models: Mapping[str, nn.Module],
 ) -> list[str]:
     """What of a state does not fit an optimizer, one sentence each."""
     parameters = _parameters_by_name(optimizer, names)
+    added = _added_groups(optimizer, state, names, models)
+    parameters |= {name: p for group in added for name, p in group["params"].items()}
     saved = [name for group in state["param_groups"] for name in group["params"]]
     problems = [f"{name}: missing in the state" for name in parameters if name not in saved]
     problems += [f"{n}: in the state, not in the optimizer" for n in saved if n not in parameters]
-    if len(state["param_groups"]) != len(optimizer.param_groups):
+    if len(state["param_groups"]) != len(optimizer.param_groups) + len(added):
         problems.append(
             f"param_groups: {len(state['param_groups'])} in the state, "
             f"{len(optimizer.param_groups)} in the optimizer"
@@ -131,9 +140,17 @@ def optimizer_problems(
 
 
 def load_optimizer_state(
-    optimizer: Optimizer, state: Mapping[str, Any], names: Mapping[int, str]
+    optimizer: Optimizer,
+    state: Mapping[str, Any],
+    names: Mapping[int, str],
+    models: Mapping[str, nn.Module],
 ) -> None:
-    """Load the state of the parameters that fit, and the settings of the groups."""
+    """Load the state of the parameters that fit, and the settings of the groups.
+
+    Groups that were added while the run went on are added here, too.
+    """
+    for group in _added_groups(optimizer, state, names, models):
+        optimizer.add_param_group({**group, "params": list(group["params"].values())})
     parameters = _parameters_by_name(optimizer, names)
     indices = {name: index for index, name in enumerate(parameters)}
     entries = {
@@ -145,13 +162,34 @@ def load_optimizer_state(
     groups = copy.deepcopy(optimizer.state_dict()["param_groups"])
     for own, saved in zip(groups, state["param_groups"], strict=False):
         own.update({k: copy.deepcopy(v) for k, v in saved.items() if k != "params"})
-    optimizer.load_state_dict({"state": entries, "param_groups": groups})
+    known = ("state", "other_state", "param_groups")
+    rest = {key: copy.deepcopy(value) for key, value in state.items() if key not in known}
+    other = copy.deepcopy(dict(state.get("other_state", {})))
+    optimizer.load_state_dict({**rest, "state": {**other, **entries}, "param_groups": groups})
     for name, index in indices.items():
         loaded = optimizer.state.get(parameters[name], {})
         for key, value in entries.get(index, {}).items():
             if isinstance(value, Tensor) and loaded[key].dtype != value.dtype:
                 # torch gives it the parameter's type, which can have fewer digits.
                 loaded[key] = value.to(loaded[key].device)
+
+
+def frozen_parameters(models: Mapping[str, nn.Module]) -> list[str]:
+    """Names of the parameters that need no gradient; a callback may have frozen them."""
+    return [
+        f"{model_name}.{clean_name(name)}"
+        for model_name, model in models.items()
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad
+    ]
+
+
+def set_frozen_parameters(models: Mapping[str, nn.Module], names: Iterable[str]) -> None:
+    """The inverse of `frozen_parameters`: the others need a gradient."""
+    frozen = set(names)
+    for model_name, model in models.items():
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(f"{model_name}.{clean_name(name)}" not in frozen)
 
 
 def gradients_by_name(
@@ -215,6 +253,24 @@ def gradients(optimizers: Iterable[Optimizer]) -> list[Tensor]:
         for group in optimizer.param_groups
         for parameter in group["params"]
         if parameter.grad is not None
+    ]
+
+
+def _added_groups(
+    optimizer: Optimizer,
+    state: Mapping[str, Any],
+    names: Mapping[int, str],
+    models: Mapping[str, nn.Module],
+) -> list[dict[str, Any]]:
+    """Groups that only the state has, of parameters that the optimizer does not have yet."""
+    own = _parameters_by_name(optimizer, names)
+    everyone = {names[id(p)]: p for model in models.values() for p in model.parameters()}
+    further = state["param_groups"][len(optimizer.param_groups) :]
+    if any(name in own or name not in everyone for group in further for name in group["params"]):
+        return []
+    return [
+        {**copy.deepcopy(group), "params": {name: everyone[name] for name in group["params"]}}
+        for group in further
     ]
 
 

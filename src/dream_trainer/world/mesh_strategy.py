@@ -271,7 +271,8 @@ class MeshStrategy(ModelParallelStrategy):
             if isinstance(value, nn.Module):
                 problems += [f"{key}.{p}" for p in module_problems(value, content[key])]
             elif isinstance(value, Optimizer):
-                problems += [f"{key}.{p}" for p in optimizer_problems(value, content[key], names)]
+                found_there = optimizer_problems(value, content[key], names, models)
+                problems += [f"{key}.{problem}" for problem in found_there]
         if problems and strict:
             raise StateError(str(source), problems, "Pass strict=False to load what fits.")
         for key in found:
@@ -279,7 +280,7 @@ class MeshStrategy(ModelParallelStrategy):
             if isinstance(value, nn.Module):
                 load_module_state(value, content[key])
             elif isinstance(value, Optimizer):
-                load_optimizer_state(value, content[key], names)
+                load_optimizer_state(value, content[key], names, models)
             elif hasattr(value, "load_state_dict"):
                 value.load_state_dict(content[key])
             else:

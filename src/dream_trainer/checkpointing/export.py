@@ -1,0 +1,150 @@
+"""A checkpoint as one file, for programs that know nothing of this package."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dream_trainer.checkpointing.checkpointer import join_local
+from dream_trainer.checkpointing.lookup import whole_checkpoint
+from dream_trainer.checkpointing.store import StoredCheckpoint
+from dream_trainer.checkpointing.weight_names import state_dicts
+from dream_trainer.checkpointing.weights import import_safetensors
+from dream_trainer.errors import CheckpointError, ConfigError
+from dream_trainer.storage import Manifest, atomic_file, read_outline, read_parts, read_tree
+
+_TORCH = (".pt", ".pth")
+_SAFETENSORS = ".safetensors"
+
+StateDicts = dict[str, dict[str, Any]]
+
+
+def export_checkpoint(
+    checkpoint: str | Path,
+    file: str | Path,
+    *,
+    model: str | None = None,
+    whole_state: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Write the weights of a checkpoint to one file.
+
+    Works on one process without accelerators and without the model's class, whatever strategy
+    and number of ranks wrote the checkpoint. It is verified first, only the weights are read,
+    and the file appears whole or not at all.
+
+    With one model the file is its state dict: ``net.load_state_dict(torch.load(file))`` loads a
+    ``.pt``, and the same with ``safetensors.torch.load_file`` a ``.safetensors``. With several,
+    a ``.pt`` is a mapping from model to state dict, and a ``.safetensors`` has names that begin
+    with the model's.
+
+    Args:
+        checkpoint: a checkpoint's directory, or that of a run, for its newest whole one.
+        file: ends in ``.safetensors``, ``.pt`` or ``.pth``.
+        model: the one model to export, if there are several.
+        whole_state: export everything a run resumes from, as nested plain data and tensors;
+            what differs between ranks is rank 0's. ``.pt`` and ``.pth`` only.
+        overwrite: replace ``file`` if it exists.
+
+    Returns:
+        The path of the file. Either kind can be given to ``init_from``.
+
+    Raises:
+        CheckpointError: there is no whole checkpoint, or it holds no weights.
+        ConfigError: the arguments do not fit each other or the checkpoint, ``file`` exists or
+            cannot be written, or safetensors is not installed.
+    """
+    target = Path(file)
+    _check_arguments(target, model, whole_state, overwrite)
+    if target.suffix == _SAFETENSORS:
+        import_safetensors(target)  # before the work
+    stored = whole_checkpoint(Path(checkpoint))
+    content: Any
+    if whole_state:
+        content = join_local(*read_tree(stored.path))
+    else:
+        found = _read_models(stored, model)
+        (content,) = found.values() if len(found) == 1 else (found,)
+    try:
+        with atomic_file(target) as beside:
+            if target.suffix == _SAFETENSORS:
+                _save_safetensors(beside, target, found, stored.manifest)
+            else:
+                # Given a path, torch would put the passing name of the file into it.
+                with beside.open("wb") as opened:
+                    torch.save(content, opened)
+    except OSError as error:
+        raise ConfigError(str(target), [f"cannot be written: {error}"]) from error
+    return target
+
+
+def _check_arguments(target: Path, model: str | None, whole_state: bool, overwrite: bool) -> None:
+    problems = []
+    if target.suffix not in (_SAFETENSORS, *_TORCH):
+        problems.append(f"ends in {target.suffix!r}, not in .safetensors, .pt or .pth")
+    if whole_state and target.suffix == _SAFETENSORS:
+        problems.append("whole_state: a .safetensors file holds tensors alone; choose .pt")
+    if whole_state and model is not None:
+        problems.append("whole_state: it is that of all models; leave out model")
+    if target.is_dir() or (target.exists() and not overwrite):
+        problems.append("is there already; choose another name, or overwrite=True")
+    if problems:
+        raise ConfigError(str(target), problems)
+
+
+def _read_models(stored: StoredCheckpoint, model: str | None) -> StateDicts:
+    """State dicts by model; no other tensor of the checkpoint is read."""
+    places = {
+        ".".join(one.folder): one.places
+        for one in state_dicts(read_outline(stored.path))
+        if not one.loose
+    }
+    if not places:
+        raise CheckpointError(str(stored.path), ["it holds no weights"])
+    if model is not None and model not in places:
+        raise ConfigError(
+            str(stored.path),
+            [f"it has no model {model!r}"],
+            f"There is: {', '.join(name or 'one without a name' for name in places)}.",
+        )
+    chosen = places if model is None else {model: places[model]}
+    parts = read_parts(stored.path, {p for own in chosen.values() for p in own.values()})
+    return {name: {key: parts[place] for key, place in own.items()} for name, own in chosen.items()}
+
+
+def _save_safetensors(beside: Path, target: Path, models: StateDicts, manifest: Manifest) -> None:
+    values = {
+        f"{model}.{name}" if len(models) > 1 else name: value
+        for model, state in models.items()
+        for name, value in state.items()
+    }
+    left_out = [name for name, value in values.items() if not isinstance(value, Tensor)]
+    if left_out:
+        warnings.warn(
+            f"{target} holds tensors alone, and these are none: {', '.join(left_out)}. "
+            "A .pt file has them.",
+            stacklevel=3,
+        )
+    beside.touch()
+    mode = beside.stat().st_mode
+    tensors = {name: value for name, value in values.items() if name not in left_out}
+    import_safetensors(target).save_file(tensors, beside, metadata=_facts(models, manifest))
+    # safetensors makes files that only their owner can read, whatever the umask says.
+    beside.chmod(mode)
+
+
+def _facts(models: Mapping[str, Any], manifest: Manifest) -> dict[str, str]:
+    """What the file says about itself; safetensors knows words only."""
+    return {
+        "format": "pt",  # Hugging Face's loader insists on it
+        "step": str(manifest.step),
+        "epoch": str(manifest.epoch),
+        "saved_at": manifest.saved_at,
+        "models": ",".join(models),
+        **manifest.versions,
+    }
