@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import random
 import shutil
 import sys
 import tempfile
@@ -65,6 +66,15 @@ def bench(session: nox.Session) -> None:
     for path in found:
         if not session.posargs or path.stem.removeprefix("bench_") in session.posargs:
             run_in_dev(session, "python", str(path), OMP_NUM_THREADS="1")
+
+
+@nox.session(venv_backend="none")
+def faults(session: nox.Session) -> None:
+    """Kill runs at every step and at random instants (ten minutes); FAULTS_SEED repeats a draw."""
+    seed = os.environ.get("FAULTS_SEED") or str(random.randrange(1_000_000))
+    session.log(f"FAULTS_SEED={seed}")
+    command = ["python", "-m", "pytest", "-v", "-m", "", "tests/faults", *session.posargs]
+    run_in_dev(session, *command, OMP_NUM_THREADS="1", FAULTS_SEED=seed)
 
 
 @nox.session(venv_backend="none")

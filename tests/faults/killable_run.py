@@ -1,43 +1,67 @@
-"""A training run that kills itself with SIGKILL at a chosen moment.
+"""A training run of six to eight optimizer steps that kills itself with SIGKILL.
 
-    python killable_run.py ROOT EXPERIMENT NUM_WORKERS MOMENT
+    python killable_run.py ROOT EXPERIMENT CELL NUM_WORKERS MOMENT
 
-``MOMENT`` is ``NAME:N`` or ``NAME:N:RANK``: the N-th time that a hook, or one of the moments
-inside a save in ``INSIDE``, is reached; empty for a run that is left alone. At its end the run
-writes a hash of its weights and optimizer state beside its directory.
+``CELL`` is a name in ``CELLS``; ``MOMENT`` is explained in kill_moments.py, and empty for a run
+that is left alone. Beside its directory the run writes
+
+    EXPERIMENT.starts       the step at which each process of it started to train
+    EXPERIMENT.killed       where in the code it was killed
+    EXPERIMENT.end-RANK     at its end: all of its state, by path
+    EXPERIMENT.marks-RANK   at its end: how often MOMENT was reached, by the end of each save (if
+                            it is in-save) and of the run
 """
 
 from __future__ import annotations
 
-import importlib
 import os
-import signal
+import pickle
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from support import TinyTrainer, digest, tiny
+import kill_moments
+import torch
+from support import TinyTrainer, exact_state, mlp, tiny
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from dream_trainer.callbacks import Callback
-from dream_trainer.callbacks.callback import HOOKS
 
-#: Moment -> (module, what to wrap, whether the call is still made).
-INSIDE = {
-    "before-files": ("dream_trainer.storage.directory", "write_tree", False),
-    "after-files": ("dream_trainer.storage.directory", "write_tree", True),
-    "after-manifest": ("dream_trainer.storage.manifest", "Manifest.write", True),
-    "after-rename": ("dream_trainer.storage.directory", "fsync_directory", False),
-    "before-delete": ("shutil", "rmtree", False),
-    "after-delete": ("shutil", "rmtree", True),
-    "before-log": ("dream_trainer.loggers.jsonl", "JsonlLog.write", False),
-    "after-log": ("dream_trainer.loggers.jsonl", "JsonlLog.write", True),
-    "after-cut": ("dream_trainer.loggers.jsonl", "JsonlLog.cut", True),
+#: Samples of an epoch for each rank: the last batch is a short one, and in "dropout" and "both"
+#: the last accumulation window too; on several ranks some have no sample left for that batch.
+CELLS: dict[str, dict[str, Any]] = {
+    "plain": {"samples": 14, "gradient_accumulation_steps": 1},
+    "dropout": {"samples": 17, "gradient_accumulation_steps": 2, "dropout": 0.3},
+    "augmentation": {"samples": 14, "gradient_accumulation_steps": 1, "augment": True},
+    "both": {"samples": 17, "gradient_accumulation_steps": 2, "dropout": 0.3, "augment": True},
 }
+#: Optimizer steps of a run.
+STEPS = {"plain": 8, "dropout": 6, "augmentation": 8, "both": 6}
+
+
+class Net(nn.Module):
+    """With a buffer that every forward changes, as batch norm has."""
+
+    mean: Tensor
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.body = mlp(dropout)
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.mean.lerp_(x.mean(), 0.1)
+        result: Tensor = self.body(x) + self.mean
+        return result
 
 
 class Run(TinyTrainer):
+    def configure_models(self) -> None:
+        self.net = Net(self.config.dropout)
+
     def configure_metrics(self) -> None:
         self.error = MeanMetric()
 
@@ -47,67 +71,64 @@ class Run(TinyTrainer):
         return loss
 
 
-def killer(number: int, rank: int) -> Callable[[], None]:
-    left = [number if int(os.environ.get("RANK", 0)) == rank else -1]
+class Starts(Callback):
+    def __init__(self, path: Path) -> None:
+        self._path = path
 
-    def strike() -> None:
-        left[0] -= 1
-        if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    return strike
-
-
-def arm(moment: str) -> dict[str, Callback]:
-    """Callbacks to give to the run; moments inside a save are wrapped in place."""
-    name, number, rank = [*moment.split(":"), "0"][:3]
-    strike = killer(int(number), int(rank))
-    if name in HOOKS:
-        return {"kills": type("Kills", (Callback,), {name: lambda *_: strike()})()}
-    module, path, is_called = INSIDE[name]
-    *owners, attribute = path.split(".")
-    owner: Any = importlib.import_module(module)
-    for part in owners:
-        owner = getattr(owner, part)
-    original = getattr(owner, attribute)
-
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        if is_called:
-            result = original(*args, **kwargs)
-            strike()
-            return result
-        strike()
-        return original(*args, **kwargs)
-
-    setattr(owner, attribute, wrapped)
-    return {}
+    def pre_fit(self, trainer: Any) -> None:
+        if trainer.world.is_global_zero:
+            with self._path.open("a") as file:
+                file.write(f"{trainer.global_step}\n")
 
 
-def run(root: str | Path, experiment: str, num_workers: int = 0, moment: str = "") -> Any:
+def run(
+    root: str | Path,
+    experiment: str,
+    cell: str = "both",
+    num_workers: int = 0,
+    moment: str = "",
+    kind: type[Run] = Run,
+) -> None:
+    """Train to the end, or to the moment."""
+    root = Path(root)
+    options = dict(CELLS[cell])
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    callbacks: dict[str, Callback] = {"starts": Starts(root / f"{experiment}.starts")}
+    trigger = None
+    if moment:
+        trigger, traps = kill_moments.arm(
+            moment, directory(root, experiment), root / f"{experiment}.killed"
+        )
+        callbacks |= traps
     trainer = tiny(
         root,
-        Run,
+        kind,
         experiment=experiment,
         num_workers=num_workers,
-        callbacks=arm(moment) if moment else {},
+        callbacks=callbacks,
         n_epochs=2,
-        num_samples=18,
+        num_samples=options.pop("samples") * world_size + world_size // 2,
         num_val_samples=6,
-        gradient_accumulation_steps=2,
+        gradient_clip_val=0.5,
         val_every_n_steps=2,
-        dropout=0.3,
-        augment=True,
         every_n_steps=1,
         keep_last=2,
         monitor="val/loss",
+        **options,
     )
     trainer.fit()
-    result = digest(trainer)
-    if trainer.world.is_global_zero:
-        (Path(root) / f"{experiment}.digest").write_text(result)
-    return trainer
+    if trigger is not None:
+        trigger.mark()
+        marks = root / f"{experiment}.marks-{trainer.world.rank}"
+        marks.write_text("\n".join(map(str, trigger.marks)))
+    end = root / f"{experiment}.end-{trainer.world.rank}"
+    end.write_bytes(pickle.dumps(exact_state(trainer)))
+
+
+def directory(root: Path, experiment: str) -> Path:
+    return root / "default" / "default" / experiment
 
 
 if __name__ == "__main__":
-    root, experiment, num_workers, moment = sys.argv[1:]
-    run(root, experiment, int(num_workers), moment)
+    root, experiment, cell, num_workers, moment = sys.argv[1:]
+    run(root, experiment, cell, int(num_workers), moment)
