@@ -73,6 +73,7 @@ class FitLoop:
                 if not self.trainer.progress.train_epoch_finished:
                     return  # stopped inside the epoch; a later run goes on from there
                 self.finish_epoch()
+                self.interruption.check()
 
     @property
     def is_done(self) -> bool:

@@ -92,7 +92,9 @@ def to_host(values: list[Value]) -> list[float]:
     tensors = [value for value in values if isinstance(value, Tensor)]
     if not tensors:
         return [float(value) for value in values]
-    stacked = torch.stack([tensor.reshape(()).double() for tensor in tensors])
+    # A user's own value, or one from a checkpoint, may be on the CPU beside an accelerator's.
+    device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
+    stacked = torch.stack([tensor.reshape(()).double().to(device) for tensor in tensors])
     moved = iter(stacked.tolist())
     return [next(moved) if isinstance(value, Tensor) else float(value) for value in values]
 

@@ -129,12 +129,14 @@ def test_a_path_takes_that_one_and_the_later_ones_no_longer_count(three: Checkpo
     assert step_of(three.resume("auto")) == 2
 
 
-def test_a_path_of_another_run_changes_neither(three: Checkpointer, tmp_path: Path) -> None:
+def test_a_path_of_another_run_sets_this_one_aside_and_changes_nothing_there(
+    three: Checkpointer, tmp_path: Path
+) -> None:
     other = Checkpointer(tmp_path / "other")
     path = other.save(state_at(9), step=9)
     other.wait()
     assert step_of(three.resume(str(path))) == 9
-    assert len(names(three)) == 3
+    assert names(three) == [f"step-0000000{step}.superseded-1" for step in (1, 2, 3)]
     assert names(other) == ["step-00000009"]
 
 

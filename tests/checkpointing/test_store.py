@@ -237,8 +237,11 @@ def test_setting_aside_what_comes_after_spares_what_comes_before(store: Checkpoi
     ]
 
 
-def test_a_checkpoint_elsewhere_supersedes_nothing(store: CheckpointStore, tmp_path: Path) -> None:
+def test_a_checkpoint_elsewhere_supersedes_all_that_are_here(
+    store: CheckpointStore, tmp_path: Path
+) -> None:
     put(store, 3)
     other = CheckpointStore(tmp_path / "other")
-    store.set_aside_after(put(other, 1))
-    assert names(store) == ["step-00000003"]
+    store.set_aside_after(put(other, 4))
+    assert names(store) == ["step-00000003.superseded-1"]
+    assert names(other) == ["step-00000004"]

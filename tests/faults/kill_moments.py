@@ -41,7 +41,7 @@ PLACES = {
     "after-delete": ("shutil", "rmtree", True),
     "before-log": ("dream_trainer.loggers.jsonl", "JsonlLog.write", False),
     "after-log": ("dream_trainer.loggers.jsonl", "JsonlLog.write", True),
-    "after-cut": ("dream_trainer.loggers.jsonl", "JsonlLog.cut", True),
+    "after-cut": ("dream_trainer.loggers.jsonl", "JsonlLog.resume", True),
 }
 #: Functions that a save or a restore is made of, whatever thread they run on.
 INSIDE = {

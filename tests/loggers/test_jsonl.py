@@ -45,47 +45,56 @@ def test_rows_after_a_checkpoint_are_cut_and_written_again_without_gap_or_double
     log: JsonlLog,
 ) -> None:
     log.write([row(1), row(2)])
-    size = log.size
+    size, crc32 = log.size, log.crc32
     log.write([row(3), row(4)])
     whole = log.path.read_bytes()
     log.path.write_bytes(whole + b'{"step": 5, "lo')  # killed while writing
 
     resumed = JsonlLog(log.path)
-    resumed.cut(size)
+    assert resumed.resume(size, crc32)
     resumed.write([row(3), row(4)])
     resumed.close()
 
     assert log.path.read_bytes() == whole
 
 
-def test_a_log_that_is_open_can_be_cut(log: JsonlLog) -> None:
+def test_a_log_that_is_open_can_go_back(log: JsonlLog) -> None:
     log.write([row(1)])
-    size = log.size
+    size, crc32 = log.size, log.crc32
     log.write([row(2)])
-    log.cut(size)
+    assert log.resume(size, crc32)
     log.write([row(3)])
     assert log.read() == [row(1), row(3)]
+    assert JsonlLog(log.path).resume(log.size, log.crc32)
 
 
-def test_cutting_to_the_size_or_to_nothing_is_fine(log: JsonlLog) -> None:
-    log.cut(0)
+def test_a_checkpoint_without_rows_begins_a_new_file(log: JsonlLog) -> None:
+    assert log.resume(0, 0)
     log.write([row(1)])
-    log.cut(log.size)
-    assert log.read() == [row(1)]
-    log.cut(0)
-    assert log.size == 0
+    assert log.resume(0, 0)
+    log.write([row(2)])
+    assert log.read() == [row(2)]
+    assert JsonlLog(log.path.with_name("metrics.jsonl.superseded-1")).read() == [row(1)]
 
 
-@pytest.mark.parametrize("exists", [True, False])
-def test_a_file_that_is_shorter_than_expected_is_reported_and_left_alone(
-    log: JsonlLog, exists: bool
+@pytest.mark.parametrize("change", ["absent", "shorter", "edited"])
+def test_another_file_than_the_checkpoints_is_kept_under_another_name(
+    log: JsonlLog, change: str
 ) -> None:
-    if exists:
-        log.write([row(1)])
-    before = log.size
-    with pytest.warns(UserWarning, match=f"has {before} bytes, the checkpoint expects 1000"):
-        log.cut(1000)
-    assert log.size == before
+    log.write([row(1), row(2)])
+    size, crc32 = log.size, log.crc32
+    before = log.path.read_bytes()
+    before = before[:-5] if change == "shorter" else before.replace(b"0.5", b"0.6")
+    log.path.write_bytes(before)
+    if change == "absent":
+        log.path.unlink()
+    with pytest.warns(UserWarning, match=f"does not begin with the {size} bytes of rows"):
+        assert not log.resume(size, crc32)
+    log.write([row(3)])
+    assert log.read() == [row(3)]
+    aside = log.path.with_name("metrics.jsonl.superseded-1")
+    assert aside.exists() == (change != "absent")
+    assert change == "absent" or aside.read_bytes() == before
 
 
 def test_values_that_json_has_no_number_for_are_words_and_come_back_as_floats(

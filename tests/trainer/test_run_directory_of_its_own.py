@@ -67,15 +67,63 @@ def test_the_log_of_a_run_whose_checkpoints_were_deleted_is_kept(tmp_path: Path)
     assert log.read_bytes() == written
 
 
-def test_a_log_that_was_cut_in_a_line_goes_on_in_the_next(tmp_path: Path) -> None:
+def test_a_log_that_was_edited_is_kept_and_a_new_one_begins(tmp_path: Path) -> None:
     tiny(tmp_path, max_steps=4).fit()
     trainer = tiny(tmp_path, max_steps=8)
     log = Path(tmp_path, "default", "default", "tiny", "metrics.jsonl")
-    log.write_bytes(log.read_bytes()[:-5])
-    with pytest.warns(UserWarning, match="rows are missing"):
+    edited = log.read_bytes()[:-5]
+    log.write_bytes(edited)
+    with pytest.warns(UserWarning, match="does not begin with"):
         trainer.fit()
-    lines = log.read_bytes().splitlines()
-    assert [json.loads(line)["step"] for line in lines[4:]] == [5, 6, 6, 7, 8]
+    assert log.with_name("metrics.jsonl.superseded-1").read_bytes() == edited
+    rows = [json.loads(line) for line in log.read_bytes().splitlines()]
+    assert [row["step"] for row in rows] == [5, 6, 6, 7, 8]
+
+
+def test_a_checkpoint_of_another_run_replaces_nothing_of_this_one(tmp_path: Path) -> None:
+    options = {"every_n_steps": 2, "keep_last": 99}
+    one = tiny(tmp_path, experiment="one", max_steps=6, **options)
+    one.fit()
+    other = tiny(tmp_path, experiment="other", max_steps=8, lr=0.01, **options)
+    other.fit()
+    log = other.run_directory / "metrics.jsonl"
+    written = log.read_bytes()
+    path = str(one.checkpointer.store.paths()[0])
+    forked = tiny(tmp_path, experiment="other", max_steps=6, resume=path, **options)
+    with pytest.warns(UserWarning, match="renamed step-00000002 to step-00000008"):
+        forked.fit()
+    names = sorted(p.name for p in forked.checkpointer.store.directory.glob("step-*"))
+    aside = [name for name in names if name.endswith(".superseded-1")]
+    assert [int(name[5:13]) for name in aside] == [2, 4, 6, 8]
+    assert [one.manifest.step for one in forked.checkpointer.store.list()] == [4, 6]
+    assert log.with_name("metrics.jsonl.superseded-1").read_bytes() == written
+
+
+def test_other_retention_rules_delete_nothing_before_a_new_checkpoint_is_there(
+    tmp_path: Path,
+) -> None:
+    first = tiny(tmp_path, every_n_steps=2, keep_every_n_steps=2)
+    first.fit()
+    kept = first.checkpointer.store.paths()
+    tiny(tmp_path).fit()  # finds it done
+    assert first.checkpointer.store.paths() == kept
+
+
+class StopsAt(Callback):
+    def on_boundary(self, trainer: Any) -> None:
+        if trainer.global_step == 3:
+            trainer.stop("enough")
+
+
+def test_a_run_that_was_stopped_is_done_also_after_a_restart(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"callbacks": {"stops": StopsAt()}, "every_n_steps": 1}
+    tiny(tmp_path, **options).fit()
+    again = tiny(tmp_path)
+    again.fit()
+    assert (again.global_step, again.stop_reason) == (3, "enough")
+    on = tiny(tmp_path, allow_changed=["stop_reason"])
+    on.fit()
+    assert on.global_step == 12
 
 
 class FullFor(Callback):

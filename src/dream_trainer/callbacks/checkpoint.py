@@ -37,12 +37,14 @@ class CheckpointCallback(Callback):
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._last_time = 0.0
-        self._saved_at: _Place | None = None
+        self._saved_at: _Place | None = None  # of the last attempt
+        self._is_saved = False
 
     def pre_fit(self, trainer: BaseTrainer) -> None:
         """Start the clock."""
         self._last_time = self._clock()
         self._saved_at = self._place(trainer) if trainer.is_resumed else None
+        self._is_saved = trainer.is_resumed
 
     def post_validation_epoch(self, trainer: BaseTrainer, results: Mapping[str, float]) -> None:
         """Say so if the monitored value is not there."""
@@ -56,32 +58,27 @@ class CheckpointCallback(Callback):
 
     def on_boundary(self, trainer: BaseTrainer) -> None:
         """Save if a trigger is due."""
-        self._report(trainer)
+        trainer.checkpointer.report()
         if not self._is_due(trainer):
             return
         try:
             self._save(trainer)
         except CheckpointError as error:
-            self._saved_at = None
             if trainer.world.is_global_zero:
                 text = f"a checkpoint was not saved. {error}"
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def post_fit(self, trainer: BaseTrainer) -> None:
         """Save the end of the run, unless it is saved already."""
-        self._report(trainer, wait=True)
-        if trainer.writes_run_directory and self._saved_at != self._place(trainer):
-            self._save(trainer)
-            trainer.checkpointer.wait()
+        if trainer.writes_run_directory:
+            self._save_now(trainer)
 
     def on_interrupt(self, trainer: BaseTrainer) -> None:
         """Save, if the signal let the batch under way end."""
         is_asked_for = trainer.writes_run_directory and trainer.checkpoint_parameters.on_interrupt
         if not (is_asked_for and trainer.is_interrupted_between_batches):
             return
-        if self._saved_at != self._place(trainer):
-            self._save(trainer)
-            trainer.checkpointer.wait()
+        self._save_now(trainer)
         trainer.world.print(f"saved at step {trainer.global_step}; the same command goes on")
 
     def _is_due(self, trainer: BaseTrainer) -> bool:
@@ -109,12 +106,16 @@ class CheckpointCallback(Callback):
             is_due |= trainer.world.broadcast(passed >= 60 * parameters.every_n_minutes)
         return is_due
 
-    def _report(self, trainer: BaseTrainer, *, wait: bool = False) -> None:
-        if not trainer.checkpointer.report(wait=wait):
-            self._saved_at = None
+    def _save_now(self, trainer: BaseTrainer) -> None:
+        """Return once this place is saved."""
+        # Awaited: a failure that only some ranks know of yet would let only those save again.
+        is_committed = trainer.checkpointer.report(wait=True) and self._is_saved
+        if not is_committed or self._saved_at != self._place(trainer):
+            self._save(trainer)
+            trainer.checkpointer.wait()
 
     def _save(self, trainer: BaseTrainer) -> None:
-        self._saved_at = self._place(trainer)
+        self._saved_at, self._is_saved = self._place(trainer), False
         self._last_time = self._clock()
         monitor, value = trainer.checkpoint_parameters.monitor, None
         if monitor is not None and trainer.progress.last_validation_step == trainer.global_step:
@@ -126,6 +127,7 @@ class CheckpointCallback(Callback):
             monitored=None if value is None else float(value),
             optimizers=trainer.components.optimizers.values(),
         )
+        self._is_saved = True
 
     def _place(self, trainer: BaseTrainer) -> _Place:
         progress = trainer.progress

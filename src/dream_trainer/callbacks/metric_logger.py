@@ -38,21 +38,22 @@ class MetricLogger(Callback):
         self.flush_every_n_rows = flush_every_n_rows
         self._pending: list[tuple[dict[str, Any], Observations]] = []
         self._log: JsonlLog | None = None
-        self._size = 0
+        self._size = self._crc32 = 0
         self._unwritten: list[dict[str, Any]] = []
         self._last_validation_step = self._last_train_epoch = -1
 
     def pre_fit(self, trainer: BaseTrainer) -> None:
         """Open the logs and cut what a killed run wrote after its last checkpoint."""
         if not (trainer.world.is_global_zero and trainer.writes_run_directory):
-            self._size = 0
+            self._size = self._crc32 = 0
             self._unwritten = []
             return
         self._log = JsonlLog(trainer.run_directory / "metrics.jsonl")
         if not trainer.progress.num_batches:
             self._log.start_afresh()
             return
-        self._log.cut(self._size)
+        if not self._log.resume(self._size, self._crc32):
+            self._size = self._crc32 = 0
         for logger in trainer.loggers.values():
             purge_after(logger, trainer.global_step)
 
@@ -105,6 +106,7 @@ class MetricLogger(Callback):
             unwritten, self._unwritten = self._unwritten, []
             try:
                 log.write(unwritten)
+                self._size, self._crc32 = log.size, log.crc32
             finally:
                 log.close()
 
@@ -134,6 +136,7 @@ class MetricLogger(Callback):
         """Length of the log after `collect`, and the last epoch and validation in it."""
         return {
             "size": self._size,
+            "crc32": self._crc32,
             "unwritten": list(self._unwritten),
             "last_train_epoch": self._last_train_epoch,
             "last_validation_step": self._last_validation_step,
@@ -141,7 +144,7 @@ class MetricLogger(Callback):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Remember where to cut the log."""
-        self._size = state_dict["size"]
+        self._size, self._crc32 = state_dict["size"], state_dict["crc32"]
         self._unwritten = list(state_dict["unwritten"])
         self._last_train_epoch = state_dict["last_train_epoch"]
         self._last_validation_step = state_dict["last_validation_step"]
@@ -188,7 +191,7 @@ class MetricLogger(Callback):
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
             return
         self._unwritten = []
-        self._size = log.size
+        self._size, self._crc32 = log.size, log.crc32
 
     def _place(self, trainer: BaseTrainer) -> dict[str, Any]:
         return {"step": trainer.global_step, "epoch": trainer.current_epoch}

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -22,17 +23,23 @@ class BackgroundSave:
         staged: the copy that has begun.
         commit: writes it and returns, or raises, when that is done.
         optimizers: what changes the tensors that are still being copied.
+        device: of this process.
     """
 
     def __init__(
-        self, staged: StagedState, commit: Callable[[], object], optimizers: Iterable[Optimizer]
+        self,
+        staged: StagedState,
+        commit: Callable[[], object],
+        optimizers: Iterable[Optimizer],
+        device: torch.device,
     ) -> None:
         self.failure: CheckpointError | None = None
-        self._staged, self._commit = staged, commit
-        self._hooks = [one.register_step_pre_hook(self._before_step) for one in optimizers]
+        self._staged, self._commit, self._device = staged, commit, device
         # No daemon: a program that ends, ends after its last checkpoint.
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=False)
         self._thread.start()
+        # After the start: if that fails, a step must not wait for a thread that never was.
+        self._hooks = [one.register_step_pre_hook(self._before_step) for one in optimizers]
 
     @property
     def is_done(self) -> bool:
@@ -49,6 +56,8 @@ class BackgroundSave:
 
     def _run(self) -> None:
         try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)  # a thread begins with the first one
             self._staged.copy()
             self._commit()
         except CheckpointError as error:

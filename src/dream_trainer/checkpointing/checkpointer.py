@@ -115,7 +115,7 @@ class Checkpointer:
         def commit() -> None:
             self._commit(path, staged.entries, facts, ranks, staged.wait)
 
-        self._under_way = BackgroundSave(staged, commit, optimizers)
+        self._under_way = BackgroundSave(staged, commit, optimizers, self.world.device)
         return path
 
     def report(self, *, wait: bool = False) -> bool:
@@ -206,7 +206,14 @@ class Checkpointer:
     ) -> None:
         """Write, then tidy up."""
         save_directory(path, entries, ranks, ready, **facts)
-        ranks.on_zero(lambda: self.store.prune(self.parameters))
+        ranks.on_zero(self._tidy)
+
+    def _tidy(self) -> None:
+        try:
+            self.store.prune(self.parameters)
+        except OSError as error:
+            text = f"the checkpoint is saved, but older ones could not be deleted: {error}"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def _outcome(self, wait: bool) -> CheckpointError | None:
         """Why the save under way failed; None if it did not, or is not done."""

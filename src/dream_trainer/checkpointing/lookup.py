@@ -75,7 +75,7 @@ def checkpoint_to_resume(
     if stored is not None:
         _pass_over(store, damaged, read_only)
         if not read_only:
-            store.prune(parameters)  # a killed save may have got no further than its commit
+            store.link(parameters)  # a killed save may have got no further than its commit
     elif damaged:
         raise CheckpointError(
             str(store.directory),
@@ -100,8 +100,9 @@ def _asked_for(store: CheckpointStore, resume: str, read_only: bool) -> StoredCh
             "Give the path of a checkpoint, runs/.../checkpoints/step-... .",
         )
     stored = verified(path.resolve() if path.is_symlink() else path)
-    if not read_only:
-        store.set_aside_after(stored.path)
+    if not read_only and (later := store.set_aside_after(stored.path)):
+        shown = f"{later[0].name} to {later[-1].name}" if len(later) > 1 else later[0].name
+        warnings.warn(f"continuing from {path}: renamed {shown} in {store.directory}", stacklevel=2)
     return stored
 
 

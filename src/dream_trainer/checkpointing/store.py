@@ -70,18 +70,13 @@ class CheckpointStore:
         return self.directory / (f"{name}-{max(revisions) + 1}" if revisions else name)
 
     def prune(self, parameters: CheckpointParameters) -> Sequence[Path]:
-        """Point the links ``newest`` and ``best``, and delete what the rules do not keep.
+        """Set the links, and delete what the rules do not keep.
 
         Returns:
             The deleted paths.
         """
         everything = self.list()
-        stored = list({one.manifest.step: one for one in everything}.values())
-        ranked: Sequence[StoredCheckpoint] = ()
-        if parameters.monitor is not None:
-            ranked = _ranked(stored, parameters.mode, parameters.monitor)
-        self._link("newest", stored[-1:])
-        self._link("best", ranked[:1])
+        stored, ranked = self._link_all(everything, parameters)
         keep = [*stored[-parameters.keep_last :], *ranked[: parameters.keep_top_k]]
         if every := parameters.keep_every_n_steps:
             keep += [one for one in stored if one.manifest.step % every == 0]
@@ -90,6 +85,10 @@ class CheckpointStore:
         for path in deleted:
             _delete(path)
         return deleted
+
+    def link(self, parameters: CheckpointParameters) -> None:
+        """Point the links ``newest`` and ``best`` to those checkpoints."""
+        self._link_all(self.list(), parameters)
 
     def clean(self) -> None:
         """Delete what saves that were killed have left behind."""
@@ -107,14 +106,36 @@ class CheckpointStore:
         """Rename a checkpoint so that it is no longer one; nothing is deleted."""
         return move_aside(path, reason)
 
-    def set_aside_after(self, path: Path) -> None:
-        """Rename the checkpoints that come after one: the run takes another course from it."""
-        if path.resolve().parent != self.directory.resolve():
-            return
-        later = _match(path)
-        for other in self.paths():
-            if later is not None and (match := _match(other)) is not None and match > later:
-                self.set_aside(other, "superseded")
+    def set_aside_after(self, path: Path) -> Sequence[Path]:
+        """Rename the checkpoints that come after one: the run takes another course from it.
+
+        One from elsewhere belongs to another course than all that are here.
+
+        Returns:
+            Their paths before, oldest first.
+        """
+        is_here = path.resolve().parent == self.directory.resolve()
+        place = _match(path) if is_here else None
+        later = [
+            other
+            for other in self.paths()
+            if place is None or ((match := _match(other)) is not None and match > place)
+        ]
+        for other in later:
+            self.set_aside(other, "superseded")
+        return later
+
+    def _link_all(
+        self, everything: Sequence[StoredCheckpoint], parameters: CheckpointParameters
+    ) -> tuple[Sequence[StoredCheckpoint], Sequence[StoredCheckpoint]]:
+        """Set the links; return the newest checkpoint of each step, and the same best first."""
+        stored = list({one.manifest.step: one for one in everything}.values())
+        ranked: Sequence[StoredCheckpoint] = ()
+        if parameters.monitor is not None:
+            ranked = _ranked(stored, parameters.mode, parameters.monitor)
+        self._link("newest", stored[-1:])
+        self._link("best", ranked[:1])
+        return stored, ranked
 
     def _link(self, name: str, target: Sequence[StoredCheckpoint]) -> None:
         """For people and scripts that look for a checkpoint by name. Nothing here reads it."""

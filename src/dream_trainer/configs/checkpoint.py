@@ -7,7 +7,7 @@ from typing import Literal
 
 from dream_trainer.errors import ConfigError
 
-_CHANGEABLE = ("seed", "dataset_length")
+_CHANGEABLE = ("seed", "dataset_length", "stop_reason")
 _COUNTS = ("every_n_steps", "every_n_epochs", "keep_every_n_steps")
 
 
@@ -48,7 +48,7 @@ class CheckpointParameters:
     ``"never"`` starts a fresh run directory, ``"must"`` fails without one, a path takes that."""
     allow_changed: list[str] = field(default_factory=list)
     """What may differ from the checkpoint although it ends exactness: ``"seed"``,
-    ``"dataset_length"``."""
+    ``"dataset_length"``, ``"stop_reason"`` (go on although the run was stopped)."""
     init_from: str | None = None
     """Where a fresh run takes its model weights from: a checkpoint or a run's directory of ours,
     a file of ``fabric.save`` or ``torch.save``, a Lightning ``.ckpt``, or ``.safetensors``."""

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import warnings
+import zlib
 from collections.abc import Iterable, Mapping
 from io import FileIO
 from pathlib import Path
@@ -16,15 +17,19 @@ from dream_trainer.storage import move_aside
 class JsonlLog:
     """Appends rows to a file whose length is part of a run's state.
 
-    A checkpoint stores `size`; a resumed run cuts the file to it before it writes, so
+    A checkpoint stores `size` and `crc32`; a resumed run cuts the file to it before it writes, so
     rows that the killed run wrote after its last checkpoint do not appear twice.
 
     Args:
         path: the file; made when the first row is written.
+
+    Attributes:
+        crc32: checksum of what was written, since the file's beginning.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.crc32 = 0
         self._file: FileIO | None = None
 
     @property
@@ -32,25 +37,44 @@ class JsonlLog:
         """Bytes of the file."""
         return self.path.stat().st_size if self.path.exists() else 0
 
-    def start_afresh(self) -> None:
-        """Rename what an earlier run has left; nothing is deleted."""
-        if self.size:
-            move_aside(self.path, "superseded")
+    def start_afresh(self) -> str:
+        """Rename what an earlier run has left; nothing is deleted.
 
-    def cut(self, size: int) -> None:
-        """Drop everything after ``size`` bytes.
-
-        A file that is shorter than that has lost rows; this is reported, not repaired.
+        Returns:
+            Its new name; empty if there was nothing.
         """
-        if self.size < size:
+        self.close()
+        self.crc32 = 0
+        return move_aside(self.path, "superseded").name if self.size else ""
+
+    def resume(self, size: int, crc32: int) -> bool:
+        """Drop everything after the first ``size`` bytes, if they are those of a checkpoint.
+
+        If not, the file was edited or is another run's: it is renamed, and a new one begins.
+
+        Args:
+            size: in bytes, when the checkpoint was saved.
+            crc32: checksum of those bytes.
+
+        Returns:
+            Whether the file goes on.
+        """
+        if not size:
+            self.start_afresh()
+            return True
+        if self.size < size or self._checksum(size) != crc32:
+            kept = self.start_afresh()
+            fate = f"it is now {kept}, and " if kept else ""
             warnings.warn(
-                f"{self.path} has {self.size} bytes, the checkpoint expects {size}: "
-                "rows are missing, was the file edited?",
+                f"{self.path} does not begin with the {size} bytes of rows that the checkpoint "
+                f"knows: {fate}a new one begins.",
                 stacklevel=2,
             )
-            self._end_line()
-        elif self.size > size:
+            return False
+        if self.size > size:
             os.truncate(self.path, size)
+        self.crc32 = crc32
+        return True
 
     def write(self, rows: Iterable[Mapping[str, object]]) -> None:
         """Append rows and make them survive a power cut.
@@ -70,6 +94,7 @@ class JsonlLog:
             while unwritten:
                 unwritten = unwritten[self._file.write(unwritten) :]
             os.fsync(self._file.fileno())
+            self.crc32 = zlib.crc32(text.encode(), self.crc32)
         except OSError:
             if self.size > before:
                 os.truncate(self.path, before)  # half a row would spoil the one after it
@@ -85,13 +110,9 @@ class JsonlLog:
             for line in lines
         ]
 
-    def _end_line(self) -> None:
-        """Let the next row begin a line of its own."""
-        if self.size:
-            with self.path.open("rb+") as file:
-                file.seek(-1, os.SEEK_END)
-                if file.read() != b"\n":
-                    file.write(b"\n")
+    def _checksum(self, size: int) -> int:
+        with self.path.open("rb") as file:
+            return zlib.crc32(file.read(size))
 
     def close(self) -> None:
         """Close the file; a later write opens it again."""

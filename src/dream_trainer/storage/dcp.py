@@ -36,6 +36,9 @@ from dream_trainer.storage.tree import Tree, TreePath, join, merge, split
 #: None for a plain tensor in CPU memory.
 Like = Callable[[TreePath, torch.Size], Tensor | None]
 
+# One process is meant. Once and for all: a filter that the writer's thread sets and takes away
+# would meet those of the training's thread.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 _ALONE = Ranks()
 _PLAIN = "__plain__"
 _RESERVED = re.compile(r"__plain__$|__rank_\d+__")
@@ -86,9 +89,8 @@ def write_tree(
         The files that this rank wrote.
     """
     writer = dcp.FileSystemWriter(directory, sync_files=True)
-    with _quiet():
-        alone = ranks.size == 1
-        dcp.save(dict(entries), storage_writer=writer, process_group=ranks.group, no_dist=alone)
+    alone = ranks.size == 1
+    dcp.save(dict(entries), storage_writer=writer, process_group=ranks.group, no_dist=alone)
     mine = [*directory.glob(f"__{ranks.rank}_*.distcp")]
     return [*mine, directory / ".metadata"] if ranks.rank == 0 else mine
 
@@ -228,17 +230,8 @@ def _load(
         else:
             targets[name] = torch.empty_like(template, dtype=entry.properties.dtype)
     if targets:
-        with _quiet():
-            dcp.load(targets, storage_reader=reader, no_dist=True)
+        dcp.load(targets, storage_reader=reader, no_dist=True)
     return targets
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    # Reading alone is meant; torch warns at every call that it is not distributed.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
 
 
 def _entry(metadata: Metadata, name: str) -> TensorStorageMetadata:

@@ -7,7 +7,6 @@ import importlib.metadata
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -106,7 +105,7 @@ def _write(
         written = write_tree(beside, entries, ranks)
         return checksums(written), None
     except (Exception, CheckpointException) as error:  # noqa: BLE001 - the others wait for it
-        return {}, f"{_told(error)} ({_Space.of(beside, entries)})"
+        return {}, f"{_told(error)} ({_space(beside, entries)[1]})"
 
 
 def _refusal(
@@ -117,25 +116,18 @@ def _refusal(
         ready()
     except Exception as error:  # noqa: BLE001 - the others wait for it
         return f"{type(error).__name__}: {error}"
-    space = _Space.of(beside, entries)
-    return None if space.needed <= space.free else f"no space left on device ({space})"
+    is_enough, told = _space(beside, entries)
+    return None if is_enough else f"no space left on device ({told})"
 
 
-@dataclass(frozen=True)
-class _Space:
-    """Bytes that a rank's part needs, and bytes that are free."""
-
-    needed: int
-    free: int
-    directory: Path
-
-    @classmethod
-    def of(cls, beside: Path, entries: Mapping[str, Tensor]) -> _Space:
-        needed = sum(t.numel() * t.element_size() for t in map(local_part, entries.values()))
-        return cls(needed, shutil.disk_usage(beside.parent).free, beside.parent)
-
-    def __str__(self) -> str:
-        return f"{self.needed:,} bytes needed, {self.free:,} free in {self.directory}"
+def _space(beside: Path, entries: Mapping[str, Tensor]) -> tuple[bool, str]:
+    """Whether a rank's part has room, and what is needed and free."""
+    needed = sum(t.numel() * t.element_size() for t in map(local_part, entries.values()))
+    try:
+        free = shutil.disk_usage(beside.parent).free
+    except OSError as error:
+        return True, f"{needed:,} bytes needed, free space unknown: {error}"
+    return needed <= free, f"{needed:,} bytes needed, {free:,} free in {beside.parent}"
 
 
 def _told(error: BaseException) -> str:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-Pairs = list[tuple[Tensor, Tensor]]
+#: Source and copy of the local part, and the tensor that the source is a part of.
+Parts = list[tuple[Tensor, Tensor, Tensor]]
 
 
 class StagingBuffers:
@@ -32,19 +33,19 @@ class StagingBuffers:
                 `StagedState.release` is called; the others are copied before this returns.
         """
         copies: dict[str, Tensor] = {}
-        now: Pairs = []
-        later: Pairs = []
+        now: Parts = []
+        later: Parts = []
         for name, entry in entries.items():
             source = local_part(entry)
             buffer = self._buffer(name, source)
             copies[name] = _like(entry, buffer)
             is_stable = source.device.type in ("cpu", "cuda") and address(source) in stable
-            (later if is_stable else now).append((source, buffer))
+            (later if is_stable else now).append((source, buffer, entry))
         self._buffers = {name: self._buffers[name] for name in entries}
-        for source, buffer in now:
+        for source, buffer, _ in now:
             # On CUDA in stream order: later kernels wait for the copy, the host does not.
             buffer.copy_(source, non_blocking=source.is_cuda)
-        return StagedState(copies, later, {pair[0].device for pair in now + later})
+        return StagedState(copies, later, {source.device for source, _, _ in now + later})
 
     def _buffer(self, name: str, source: Tensor) -> Tensor:
         buffer = self._buffers.get(name)
@@ -64,18 +65,18 @@ class StagedState:
         entries: name -> copy.
     """
 
-    def __init__(self, entries: dict[str, Tensor], later: Pairs, devices: Iterable[Any]) -> None:
+    def __init__(self, entries: dict[str, Tensor], later: Parts, devices: Iterable[Any]) -> None:
         self.entries = entries
         self._later = later
-        self._versions = [source._version for source, _ in later]
-        self._versions_at_release: list[int] | None = None
+        self._versions = self._current_versions()
+        self._versions_at_release: list[tuple[int, int]] | None = None
         self._host_copied = threading.Event()
         self._events = [self._copy_on_device(device) for device in devices if device.type == "cuda"]
 
     def copy(self) -> None:
         """Copy what the host copies. The writer calls it first."""
         try:
-            for source, buffer in self._later:
+            for source, buffer, _ in self._later:
                 if not source.is_cuda:
                     buffer.copy_(source)
         finally:
@@ -88,7 +89,7 @@ class StagedState:
         self._host_copied.wait()
         for event in self._events:
             event.wait()  # on the device: the stream waits, the host goes on
-        self._versions_at_release = [source._version for source, _ in self._later]
+        self._versions_at_release = self._current_versions()
 
     def wait(self) -> None:
         """Return once ``entries`` are complete.
@@ -99,7 +100,7 @@ class StagedState:
         self._host_copied.wait()
         for event in self._events:
             event.synchronize()
-        versions = [source._version for source, _ in self._later]
+        versions = self._current_versions()
         # What changed after the release, changed with permission.
         versions = versions if self._versions_at_release is None else self._versions_at_release
         if versions != self._versions:
@@ -108,12 +109,16 @@ class StagedState:
                 "optimizer's step, while it was being copied. Set async_save=False."
             )
 
+    def _current_versions(self) -> list[tuple[int, int]]:
+        # A change of a sharded tensor counts on itself, one of its shard on the shard.
+        return [(source._version, entry._version) for source, _, entry in self._later]
+
     def _copy_on_device(self, device: torch.device) -> torch.cuda.Event:
         """Copy in a stream of its own, beside the next forward and backward."""
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            for source, buffer in self._later:
+            for source, buffer, _ in self._later:
                 if source.device == device:
                     buffer.copy_(source, non_blocking=True)
             event = torch.cuda.Event()

@@ -144,6 +144,7 @@ class BaseTrainer(AbstractTrainer):
         self.describe_config: Callable[[Any], str] = config_yaml
         self._is_prepared = self._is_restored = False
         self._rng_state: Mapping[str, Any] | None = None
+        self._loaders: dict[str, ResumableLoader] = {}
         self.window = AccumulationWindow(1, 1, lambda total: total)
 
     # ------------------------------------------------------------------ what users write
@@ -408,10 +409,12 @@ class BaseTrainer(AbstractTrainer):
         """Everything the next step depends on: nested plain data and tensors.
 
         Models and optimizers are keyed by parameter name, the same under every strategy. Tensors
-        are the live ones, not copies. Call it on every rank, between two batches.
+        are the live ones, not copies. Call it on every rank, between two batches. Rows of the
+        metrics log that are pending are written first.
 
         Raises:
             RuntimeError: inside ``training_step``.
+            NonFiniteError: a pending loss or gradient norm is not finite.
         """
         self.prepare()
         return gather_state(self)
@@ -496,9 +499,11 @@ class BaseTrainer(AbstractTrainer):
     def release(self) -> None:
         """Wait for the save under way, report it if it failed; end workers, let others in."""
         if self._is_prepared:
-            self.checkpointer.report(wait=True)
-            self.loop.close()
-            self.lock.release()
+            try:
+                self.checkpointer.report(wait=True)
+                self.loop.close()
+            finally:
+                self.lock.release()
 
     def _restore(self, *, read_only: bool = True) -> None:
         """Once: continue from a checkpoint, if there is one."""
@@ -507,7 +512,8 @@ class BaseTrainer(AbstractTrainer):
             self._is_restored = True
 
     def _adopt(self, loader: Any, name: str) -> ResumableLoader:
-        return adopt_loader(loader, name, self.world, self.seed, self.training_parameters)
+        parameters = self.training_parameters
+        return adopt_loader(loader, name, self.world, self.seed, parameters, self._loaders)
 
     def _set_run_rng(self) -> None:
         """The streams of the first step depend on the seed, or on the checkpoint, alone."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from dream_trainer.configs import TrainingParameters
 from dream_trainer.data import ResumableLoader
@@ -13,8 +12,6 @@ from dream_trainer.world import DreamWorld
 
 #: Loaders that a run cannot do without, if they are there.
 _OF_A_RUN = ("train_dataloader", "val_dataloader")
-#: What each resumable loader is used as; entries go with their loaders.
-_used_as: WeakKeyDictionary[ResumableLoader, str] = WeakKeyDictionary()
 
 
 def adopt_loader(
@@ -23,6 +20,7 @@ def adopt_loader(
     world: DreamWorld,
     seed: int,
     parameters: TrainingParameters | None = None,
+    in_use: dict[str, ResumableLoader] | None = None,
 ) -> ResumableLoader:
     """Make a loader resumable and tell it which rank this is. A collective.
 
@@ -33,6 +31,7 @@ def adopt_loader(
         seed: fixes order and draws.
         parameters: with a ``global_batch_size``, ``drop_last`` of the train loader drops what
             does not fill a step.
+        in_use: the trainer's other loaders by name; this one is added.
 
     Raises:
         ConfigError: ranks disagree on its length or order, there is nothing to train on or to
@@ -42,7 +41,7 @@ def adopt_loader(
     samples_per_step = None
     if parameters is not None and name == "train_dataloader":
         samples_per_step = parameters.global_batch_size
-    _reserve(adopted, name)
+    _reserve(adopted, name, in_use if in_use is not None else {})
     adopted.attach(
         seed=seed,
         rank=world.dp_rank,
@@ -61,11 +60,11 @@ def adopt_loader(
     return adopted
 
 
-def _reserve(loader: ResumableLoader, name: str) -> None:
+def _reserve(loader: ResumableLoader, name: str, in_use: dict[str, ResumableLoader]) -> None:
     """Refuse a second use: validation would rewind the position that training goes on from."""
     # A loader that keeps its position itself has one, also behind two wrappers.
     keeps_position = hasattr(loader.loader, "state_dict")
-    for other, use in _used_as.items():
+    for use, other in in_use.items():
         is_same = other is loader or (keeps_position and other.loader is loader.loader)
         if is_same and use != name and "train_dataloader" in (use, name):
             raise ConfigError(
@@ -73,7 +72,7 @@ def _reserve(loader: ResumableLoader, name: str) -> None:
                 [f"it is the same object as {use}, and one object has one position"],
                 "Make a loader for each; they may share the data set.",
             )
-    _used_as[loader] = name
+    in_use[name] = loader
 
 
 def _check_agreement(loader: ResumableLoader, name: str, world: DreamWorld) -> None:

@@ -47,6 +47,7 @@ def gather_state(trainer: BaseTrainer) -> dict[str, Any]:
             "seed": trainer.seed,
             "layout": _layout(trainer),
             "gradients": gradients_by_name(models, sharded_only=is_in_window),
+            "stop_reason": trainer.stop_reason,
             "window": _window_state(trainer) if is_in_window else {},
             "validation_results": dict(trainer.validation_results),
             "frozen": frozen_parameters(models),
@@ -94,6 +95,8 @@ def apply_state(trainer: BaseTrainer, state: Mapping[str, Any], strict: bool) ->
     if "frozen" in own:
         set_frozen_parameters(models, own["frozen"])
     load_gradients(models, own.get("gradients", {}))
+    if "stop_reason" not in trainer.checkpoint_parameters.allow_changed:
+        trainer.stop_reason = own.get("stop_reason")
     trainer.validation_results = dict(own.get("validation_results", {}))
     trainer.window.load_state_dict({})
     if is_same_rank:
@@ -147,6 +150,13 @@ def _before_window(state: Mapping[str, Any]) -> Mapping[str, Any]:
     progress.take_back(window["num_batches"])
     loaders = {name: dict(loader) for name, loader in state.get("dataloaders", {}).items()}
     if (train := loaders.get("train")) is not None:
+        if "loader" in train:
+            warnings.warn(
+                f"{window['num_batches']} batches are in no step: the checkpoint lies inside an "
+                "accumulation window of other ranks, and a loader with a state of its own cannot "
+                "go back to the window's beginning.",
+                stacklevel=4,
+            )
         used = "num_samples_used" if train["unit"] == "samples" else "num_batches"
         train["position"] -= window[used]
     return {

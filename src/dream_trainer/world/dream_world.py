@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -74,6 +75,8 @@ class DreamWorld:
         self._fabric = fabric
         self._opened_group = False
         self._background_group: Any = None
+        parameters = device_parameters or DeviceParameters()
+        self._timeout = timedelta(seconds=parameters.timeout_seconds)
 
     @classmethod
     def from_fabric(cls, fabric: Fabric) -> DreamWorld:
@@ -355,7 +358,7 @@ class DreamWorld:
         a collective; on the CPU, where a writer's collectives take no turn on an accelerator.
         """
         if self.size > 1 and self._background_group is None:
-            self._background_group = dist.new_group(backend="gloo")
+            self._background_group = dist.new_group(backend="gloo", timeout=self._timeout)
         return Ranks(self.rank, self.size, self._background_group)
 
     def any(self, flag: bool) -> bool:

@@ -49,4 +49,5 @@ def fix_bucket_order(module: nn.Module) -> None:
         part.reducer.prepare_for_backward([])
         for parameter in reversed(trained):
             parameter.backward(torch.zeros_like(parameter))
-            parameter.grad = None
+        for parameter in trained:
+            parameter.grad = None  # a gradient of zero would make an optimizer step

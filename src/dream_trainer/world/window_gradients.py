@@ -34,9 +34,9 @@ def load_window_gradients(models: Mapping[str, nn.Module], state: Mapping[str, T
         if name in state and not isinstance(parameter, DTensor):
             parameter.grad = state[name].to(parameter.device, copy=True)
     for part in _sharded_parts(models):
-        if not any(names[id(own.sharded_param)] in state for own in _fsdp_parameters(part)):
-            continue
-        part.unshard()  # before the first forward there is nothing yet to hang a gradient on
+        # Before the first forward there is nothing yet to hang a gradient on. Every part, whether
+        # this rank has gradients for it or not: a collective.
+        part.unshard()
         for own in _fsdp_parameters(part):
             if (value := state.get(names[id(own.sharded_param)])) is not None:
                 _set_unsharded_gradient(own, value)
