@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from support import TinyTrainer, differences, exact_state, run_ranks, tiny
 
@@ -64,6 +65,24 @@ def test_the_batch_ends_and_is_saved(
     assert differences(exact_state(straight), exact_state(resumed)) == []
     logs = [(t.run_directory / "metrics.jsonl").read_bytes() for t in (straight, resumed)]
     assert logs[0] == logs[1]
+
+
+class SignalsGroup(Callback):
+    """As a scheduler does: the workers get it, too."""
+
+    def pre_train_step(self, trainer: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.progress.num_batches == 4:
+            for child in psutil.Process().children():
+                child.terminate()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_workers_that_get_the_signal_too_do_not_end_the_batch(tmp_path: Path) -> None:
+    callbacks = {"signals": SignalsGroup()}
+    trainer = tiny(tmp_path, callbacks=callbacks, num_workers=2, **OPTIONS)
+    with pytest.raises(Interrupted):
+        trainer.fit()
+    assert trainer.checkpointer.store.list()[-1].manifest.step == trainer.global_step
 
 
 class Twice(Signals):

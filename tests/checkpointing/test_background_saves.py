@@ -144,12 +144,58 @@ def test_a_change_behind_the_optimizers_back_is_no_checkpoint(
     with torch.no_grad():
         script.model.weight.mul_(2)
     may_copy.set()
-    with pytest.raises(CheckpointError, match=r"changed in place.*async_save=False"):
+    with pytest.raises(CheckpointError, match="changed in place"):
         script.checkpointer.wait()
     assert script.checkpointer.store.paths() == []
     assert not list(script.checkpointer.store.directory.glob(".*"))
     script.save()
     script.checkpointer.wait()  # the next one is a new chance
+
+
+class Clamps(TinyTrainer):
+    """Clips its weights by hand before each step, in a way that torch does not count."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        for parameter in self.net.parameters():
+            parameter.data.clamp_(-0.05, 0.05)
+        return super().training_step(batch, batch_idx)
+
+
+def test_weights_that_the_step_itself_changes_are_saved_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def states(async_save: bool) -> dict[int, Any]:
+        trainer = tiny(
+            tmp_path,
+            Clamps,
+            experiment=f"{async_save}",
+            async_save=async_save,
+            every_n_steps=1,
+            keep_last=99,
+        )
+        trainer.fit()
+        stored = trainer.checkpointer.store.list()
+        return {
+            one.manifest.step: flat(trainer.checkpointer.load(one.path).state["models"])
+            for one in stored
+        }
+
+    within = states(False)
+    may_copy = hold(monkeypatch, StagedState, "copy")
+    step = Clamps.training_step
+    # The copy of the first save happens after the weights were clipped.
+    monkeypatch.setattr(
+        Clamps, "training_step", lambda *args: (clip(args[0]), may_copy.set(), step(*args))[-1]
+    )
+    with pytest.warns(RuntimeWarning, match="changed in place"):
+        behind = states(True)
+    assert behind == {number: state for number, state in within.items() if number in behind}
+    assert len(behind) >= len(within) - 1  # one is noticed, then copies are made at once
+
+
+def clip(trainer: TinyTrainer) -> None:
+    for parameter in trainer.net.parameters():
+        parameter.data.clamp_(-0.05, 0.05)
 
 
 def test_the_buffers_are_used_again(script: Script) -> None:
@@ -311,6 +357,24 @@ LAYOUTS: dict[str, Any] = {
     "ddp": {"dp_replicate": "auto", "devices": "auto"},
     "fsdp": {"dp_replicate": 1, "dp_shard": 2},
 }
+
+
+FAILS_SILENTLY = """
+import sys, torch
+import dream_trainer.storage.directory as directory
+from dream_trainer import Checkpointer
+def full(*args): raise OSError(28, "No space left on device")
+directory.write_tree = full
+Checkpointer(sys.argv[1]).save({"w": torch.arange(10)}, step=7)
+"""
+
+
+def test_a_program_that_ends_after_a_failed_save_says_so(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FAILS_SILENTLY, str(tmp_path)], capture_output=True, text=True
+    )
+    assert "a checkpoint was not saved" in done.stderr
+    assert "No space left on device" in done.stderr
 
 
 @pytest.mark.distributed

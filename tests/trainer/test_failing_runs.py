@@ -214,6 +214,20 @@ def test_a_loss_that_is_not_finite_raises_and_names_the_step(tmp_path: Path) -> 
     assert list((trainer.run_directory / "checkpoints").glob("step-*")) == []
 
 
+def test_a_trainer_that_failed_in_a_step_is_not_used_again(tmp_path: Path) -> None:
+    class FailsOnce(TinyTrainer):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if self.global_step == 2:
+                raise ValueError("once")
+            return super().training_step(batch, batch_idx)
+
+    trainer = tiny(tmp_path, FailsOnce)
+    with pytest.raises(ValueError, match="once"):
+        trainer.fit()
+    with pytest.raises(RuntimeError, match=r"in the middle of a training step\. Make a new one"):
+        trainer.fit()
+
+
 def test_nothing_that_is_not_finite_is_ever_saved(tmp_path: Path) -> None:
     trainer = tiny(tmp_path, Diverges, n_epochs=1, every_n_steps=1, keep_last=9)
     with pytest.raises(NonFiniteError):

@@ -189,6 +189,29 @@ class MetricInside(TinyTrainer):
         return loss * mean.compute()
 
 
+class Normed(TinyTrainer):
+    def configure_models(self) -> None:
+        self.net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+
+
+class FreezesStatistics(Callback):
+    def post_train_step(self, trainer: Any, *arguments: Any) -> None:
+        if trainer.global_step == 3:
+            trainer.get_module("net.1").eval()
+
+
+class Extremes(TinyTrainer):
+    """A metric that remembers more than its last reset."""
+
+    def configure_metrics(self) -> None:
+        self.range = MinMaxMetric(MeanMetric())
+
+    def compute_loss(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().compute_loss(batch, batch_idx)
+        self.range.update(loss.detach())
+        return loss
+
+
 class LateValues(Callback):
     def post_epoch(self, trainer: Any) -> None:
         trainer.log("late", float(trainer.global_step))
@@ -206,6 +229,8 @@ CASES: dict[str, tuple[type[TinyTrainer], dict[str, Any]]] = {
     "workers of a stream": (WorkersOfAStream, {}),
     "groups added": (Groups, {"callbacks": Unfreezes}),
     "optimizer of its own": (OwnOptimizer, {}),
+    "statistics frozen": (Normed, {"callbacks": FreezesStatistics}),
+    "extremes": (Extremes, {"num_samples": 12}),
     "metric inside a model": (MetricInside, {}),
     "late values": (
         TinyTrainer,

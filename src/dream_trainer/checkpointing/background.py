@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -38,6 +40,8 @@ class BackgroundSave:
         # No daemon: a program that ends, ends after its last checkpoint.
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=False)
         self._thread.start()
+        # A program that ends without asking must not end as if it were saved.
+        atexit.register(self._tell)
         # After the start: if that fails, a step must not wait for a thread that never was.
         self._hooks = [one.register_step_pre_hook(self._before_step) for one in optimizers]
 
@@ -46,8 +50,14 @@ class BackgroundSave:
         """Whether it is committed, or has failed."""
         return not self._thread.is_alive()
 
+    @property
+    def is_torn(self) -> bool:
+        """Whether it failed because the state changed while it was copied."""
+        return self._staged.is_torn
+
     def finish(self) -> None:
         """Return when it is done."""
+        atexit.unregister(self._tell)
         self._staged.release()
         self._thread.join()
         for hook in self._hooks:
@@ -64,6 +74,11 @@ class BackgroundSave:
             self.failure = error
         except BaseException as error:  # noqa: BLE001 - a thread has nobody to raise it to
             self.failure = CheckpointError("checkpoint", [f"{type(error).__name__}: {error}"])
+
+    def _tell(self) -> None:
+        self._thread.join()
+        if self.failure is not None:
+            print(f"a checkpoint was not saved. {self.failure}", file=sys.stderr)
 
     def _before_step(self, *_: Any) -> None:
         self._staged.release()

@@ -72,6 +72,7 @@ class Checkpointer:
         self.store = CheckpointStore(Path(directory))
         self._buffers = StagingBuffers()
         self._under_way: BackgroundSave | None = None
+        self._copies_at_once = False
 
     def save(
         self,
@@ -110,7 +111,8 @@ class Checkpointer:
             self._commit(path, entries, facts, self.world.ranks)
             return path
         optimizers, ranks = tuple(optimizers), self.world.background_ranks()
-        staged = self._buffers.stage(entries, stepped_tensors(optimizers))
+        stable = () if self._copies_at_once else stepped_tensors(optimizers)
+        staged = self._buffers.stage(entries, stable)
 
         def commit() -> None:
             self._commit(path, staged.entries, facts, ranks, staged.wait)
@@ -222,6 +224,8 @@ class Checkpointer:
             return None
         save.finish()
         self._under_way = None
+        # The program changes weights by itself, and will do so again.
+        self._copies_at_once |= save.is_torn
         return save.failure
 
     def _facts(self, step: int, epoch: int, monitored: float | None) -> dict[str, Any]:

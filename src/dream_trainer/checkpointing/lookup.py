@@ -99,7 +99,7 @@ def _asked_for(store: CheckpointStore, resume: str, read_only: bool) -> StoredCh
             [f"resume={resume!r} is neither 'auto', 'never', 'must' nor a checkpoint"],
             "Give the path of a checkpoint, runs/.../checkpoints/step-... .",
         )
-    stored = verified(path.resolve() if path.is_symlink() else path)
+    stored = verified(path.resolve())
     if not read_only and (later := store.set_aside_after(stored.path)):
         shown = f"{later[0].name} to {later[-1].name}" if len(later) > 1 else later[0].name
         warnings.warn(f"continuing from {path}: renamed {shown} in {store.directory}", stacklevel=2)

@@ -9,6 +9,7 @@ from typing import Any
 from torch.utils.data import Dataset, get_worker_info
 
 from dream_trainer.data.own_generators import OwnGenerator, own_generators, seed_generators
+from dream_trainer.data.worker_signals import leave_signals_to_the_trainer
 from dream_trainer.randomness import derive, seed_cpu
 
 #: What the sampler asks the data set for: the epoch travels with the index, so that worker
@@ -106,6 +107,7 @@ class StartMapWorker:
         self._start = start
 
     def __call__(self, worker_id: int) -> None:
+        leave_signals_to_the_trainer()
         info = get_worker_info()
         assert info is not None
         assert isinstance(info.dataset, SeededDataset)
@@ -122,6 +124,7 @@ class StartIterableWorker:
         self._start, self._collate = start, collate
 
     def __call__(self, worker_id: int) -> None:
+        leave_signals_to_the_trainer()
         info = get_worker_info()
         assert info is not None
         if self._start is not None:

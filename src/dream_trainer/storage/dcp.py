@@ -36,9 +36,10 @@ from dream_trainer.storage.tree import Tree, TreePath, join, merge, split
 #: None for a plain tensor in CPU memory.
 Like = Callable[[TreePath, torch.Size], Tensor | None]
 
-# One process is meant. Once and for all: a filter that the writer's thread sets and takes away
-# would meet those of the training's thread.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+_ONE_PROCESS = "torch.distributed is disabled"  # is meant; torch warns at every call
+# For writing once and for all: a filter that the writer's thread sets and takes away would meet
+# those of the training's thread.
+warnings.filterwarnings("ignore", message=_ONE_PROCESS)
 _ALONE = Ranks()
 _PLAIN = "__plain__"
 _RESERVED = re.compile(r"__plain__$|__rank_\d+__")
@@ -230,7 +231,9 @@ def _load(
         else:
             targets[name] = torch.empty_like(template, dtype=entry.properties.dtype)
     if targets:
-        dcp.load(targets, storage_reader=reader, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=_ONE_PROCESS)
+            dcp.load(targets, storage_reader=reader, no_dist=True)
     return targets
 
 

@@ -13,6 +13,8 @@ from torch.distributed.tensor import DTensor
 #: Source and copy of the local part, and the tensor that the source is a part of.
 Parts = list[tuple[Tensor, Tensor, Tensor]]
 
+_SAMPLES = 4096
+
 
 class StagingBuffers:
     """CPU memory for one copy of a state; pinned for what comes from a CUDA device.
@@ -63,12 +65,15 @@ class StagedState:
 
     Attributes:
         entries: name -> copy.
+        is_torn: whether `wait` found that a stable tensor was changed.
     """
 
     def __init__(self, entries: dict[str, Tensor], later: Parts, devices: Iterable[Any]) -> None:
         self.entries = entries
         self._later = later
+        self.is_torn = False
         self._versions = self._current_versions()
+        self._samples = [_sample(source) for source, _, _ in later]
         self._versions_at_release: list[tuple[int, int]] | None = None
         self._host_copied = threading.Event()
         self._events = [self._copy_on_device(device) for device in devices if device.type == "cuda"]
@@ -103,10 +108,15 @@ class StagedState:
         versions = self._current_versions()
         # What changed after the release, changed with permission.
         versions = versions if self._versions_at_release is None else self._versions_at_release
-        if versions != self._versions:
+        # What writes through ``.data`` is counted nowhere; it shows in the values.
+        self.is_torn = versions != self._versions or any(
+            not _same_bytes(_sample(buffer), sample.cpu())
+            for (_, buffer, _), sample in zip(self._later, self._samples, strict=True)
+        )
+        if self.is_torn:
             raise RuntimeError(
                 "a parameter or optimizer state was changed in place, by something else than an "
-                "optimizer's step, while it was being copied. Set async_save=False."
+                "optimizer's step, while it was being copied"
             )
 
     def _current_versions(self) -> list[tuple[int, int]]:
@@ -124,6 +134,16 @@ class StagedState:
             event = torch.cuda.Event()
             event.record(stream)
             return event
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """Elements from all over a tensor, all of a small one."""
+    flat = tensor.reshape(-1) if tensor.is_contiguous() else tensor.flatten()
+    return flat[:: max(1, flat.numel() // _SAMPLES)].clone()
+
+
+def _same_bytes(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))  # NaN is equal to itself
 
 
 def address(tensor: Tensor) -> int:

@@ -194,6 +194,11 @@ class BaseTrainer(AbstractTrainer):
                 ["n_epochs, max_steps and max_time are all None, so nothing ends the run"],
                 "Set one of them.",
             )
+        if self.is_in_step:
+            raise RuntimeError(
+                "an exception left this trainer in the middle of a training step. Make a new one: "
+                "it continues from the last checkpoint."
+            )
         with running(self):
             self.stop_reason = None
             self.prepare()

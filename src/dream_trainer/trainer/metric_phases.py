@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from dream_trainer.metrics import to_host
@@ -76,16 +77,26 @@ class MetricPhases:
     def state_dict(self) -> dict[str, Any]:
         """What this rank's training metrics have gathered so far in the epoch."""
         return {
-            path: {"counts": _counts(metric), "state": dict(metric.metric_state)}
+            path: {
+                "counts": _counts(metric),
+                "state": dict(metric.metric_state),
+                "buffers": _buffers(metric),
+            }
             for path, metric in self._training_metrics()
+        } | {
+            # What a metric keeps over many validations, its best value for example.
+            f"val/{path}": {"counts": {}, "state": {}, "buffers": buffers}
+            for path, metric in _flat(self._copies("val"))
+            if (buffers := _buffers(metric))
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what `state_dict` gave; metrics it does not know stay as they are."""
-        for path, metric in self._training_metrics():
+        validating = [(f"val/{path}", metric) for path, metric in _flat(self._copies("val"))]
+        for path, metric in (*self._training_metrics(), *validating):
             if path not in state:
                 continue
-            for name, value in state[path]["state"].items():
+            for name, value in (state[path]["state"] | state[path]["buffers"]).items():
                 setattr(metric, name, _on_device(copy.deepcopy(value), metric))
             vars(metric).update(state[path]["counts"])
             metric._computed = None
@@ -118,6 +129,16 @@ def _flat(metrics: Mapping[str, AnyMetric]) -> Iterator[tuple[str, Metric]]:
 def _counts(metric: Metric) -> dict[str, int]:
     """Numbers that a metric keeps beside its states: updates, values seen."""
     return {name: value for name, value in vars(metric).items() if type(value) is int}
+
+
+def _buffers(metric: Metric) -> dict[str, Any]:
+    """Tensors that a metric keeps beside its states, and that no reset forgets."""
+    plain = {
+        name: value
+        for name, value in vars(metric).items()
+        if isinstance(value, Tensor) and name[0] != "_" and name not in metric.metric_state
+    }
+    return plain | dict(metric.named_buffers(recurse=False))
 
 
 def _was_updated(metric: AnyMetric) -> bool:

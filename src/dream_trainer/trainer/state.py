@@ -17,7 +17,9 @@ from dream_trainer.world.component_state import (
     gradients_by_name,
     load_gradients,
     load_rank_buffers,
+    modules_in_eval_mode,
     rank_buffers,
+    set_eval_mode,
     set_frozen_parameters,
 )
 from dream_trainer.world.window_gradients import load_window_gradients, window_gradients
@@ -51,6 +53,7 @@ def gather_state(trainer: BaseTrainer) -> dict[str, Any]:
             "window": _window_state(trainer) if is_in_window else {},
             "validation_results": dict(trainer.validation_results),
             "frozen": frozen_parameters(models),
+            "in_eval_mode": modules_in_eval_mode(models),
             "metrics": trainer.metrics.state_dict(),
             "logged": trainer.logged.state_dict(),
             "buffers": rank_buffers(models) if trainer.world.size > 1 else {},
@@ -94,6 +97,7 @@ def apply_state(trainer: BaseTrainer, state: Mapping[str, Any], strict: bool) ->
     models = trainer.components.models
     if "frozen" in own:
         set_frozen_parameters(models, own["frozen"])
+        set_eval_mode(models, own["in_eval_mode"])
     load_gradients(models, own.get("gradients", {}))
     if "stop_reason" not in trainer.checkpoint_parameters.allow_changed:
         trainer.stop_reason = own.get("stop_reason")

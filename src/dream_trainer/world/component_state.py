@@ -192,6 +192,24 @@ def set_frozen_parameters(models: Mapping[str, nn.Module], names: Iterable[str])
             parameter.requires_grad_(f"{model_name}.{clean_name(name)}" not in frozen)
 
 
+def modules_in_eval_mode(models: Mapping[str, nn.Module]) -> list[str]:
+    """Names of the modules that are not in training mode; a callback may have put them there."""
+    return [
+        clean_name(f"{model_name}.{name}.")
+        for model_name, model in models.items()
+        for name, part in model.named_modules()
+        if not part.training
+    ]
+
+
+def set_eval_mode(models: Mapping[str, nn.Module], names: Iterable[str]) -> None:
+    """The inverse of `modules_in_eval_mode`: the others are in training mode."""
+    in_eval = set(names)
+    for model_name, model in models.items():
+        for name, part in model.named_modules():
+            part.training = clean_name(f"{model_name}.{name}.") not in in_eval
+
+
 def gradients_by_name(
     models: Mapping[str, nn.Module], *, sharded_only: bool = False
 ) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
@@ -46,8 +46,21 @@ def fix_bucket_order(module: nn.Module) -> None:
         if part.static_graph:
             continue
         trained = [p for p in part.module.parameters() if p.requires_grad]
+        sparse = {
+            id(layer.weight)
+            for layer in part.module.modules()
+            if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.sparse
+        }
         part.reducer.prepare_for_backward([])
         for parameter in reversed(trained):
-            parameter.backward(torch.zeros_like(parameter))
+            parameter.backward(_zeros(parameter, is_sparse=id(parameter) in sparse))
         for parameter in trained:
             parameter.grad = None  # a gradient of zero would make an optimizer step
+
+
+def _zeros(parameter: nn.Parameter, *, is_sparse: bool) -> Tensor:
+    """A gradient of zero, of the kind that DDP expects."""
+    if not is_sparse:
+        return torch.zeros_like(parameter)
+    rows = torch.zeros(1, 1, dtype=torch.long, device=parameter.device)
+    return torch.sparse_coo_tensor(rows, torch.zeros_like(parameter[:1]), parameter.shape)
