@@ -55,7 +55,17 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests; arguments after `--` go to pytest."""
     # One thread each: ranks started side by side would otherwise fight over the cores.
-    run_in_dev(session, "python", "-m", "pytest", *session.posargs, OMP_NUM_THREADS="1")
+    command = ["python", "-m", "pytest", "-n", "auto", "--dist", "worksteal", *session.posargs]
+    run_in_dev(session, *command, OMP_NUM_THREADS="1")
+
+
+@nox.session(venv_backend="none")
+def bench(session: nox.Session) -> None:
+    """Run the benchmarks, or those named after `--`; they print tables and assert nothing."""
+    found = sorted((ROOT / "tests" / "benchmarks").glob("bench_*.py"))
+    for path in found:
+        if not session.posargs or path.stem.removeprefix("bench_") in session.posargs:
+            run_in_dev(session, "python", str(path), OMP_NUM_THREADS="1")
 
 
 @nox.session(venv_backend="none")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,14 @@ pytestmark = pytest.mark.may_leave("rng")
 
 OPTIONS: dict[str, Any] = {"n_epochs": 2, "gradient_accumulation_steps": 3, "dropout": 0.2}
 OPTIONS |= {"every_n_epochs": None, "num_samples": 32}
+
+
+@pytest.fixture(autouse=True)
+def default_handlers() -> Iterator[None]:
+    """A shell starts what runs in its background with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class Signals(Callback):

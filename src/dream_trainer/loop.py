@@ -289,6 +289,12 @@ class FitLoop:
             trainer.metrics.enter("train")
             set_rng_state(outer)
 
+    def close(self) -> None:
+        """End worker processes that live across epochs."""
+        for loader in (self.train_loader, self.val_loader):
+            if loader is not None:
+                loader.close()
+
     @property
     def _epoch_has_steps_left(self) -> bool:
         limit = self.trainer.training_parameters.train_steps_per_epoch

@@ -237,7 +237,7 @@ def test_a_full_disk_does_not_end_a_run(
         trainer.fit()
     told = [str(one.message) for one in warned if "was not saved" in str(one.message)]
     failed = [next(n for n in range(9) if f"step-{n:08d}" in text) for text in told]
-    assert failed == [3, 4, 5]
+    assert failed == [3, 4, 4, 5]  # the end of an epoch is one more chance
     steps = [one.manifest.step for one in trainer.checkpointer.store.list()]
     assert steps == [1, 2, 6, 7, 8]
     assert differences(exact_state(straight), exact_state(trainer)) == []

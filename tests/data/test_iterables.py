@@ -57,6 +57,14 @@ class Stateful(Stream):
         self.at = state["at"]
 
 
+class DrawsWhenOpened(Stateful):
+    """As loaders do that draw a seed for their workers."""
+
+    def __iter__(self) -> Iterator[tuple[int, float, float]]:
+        opened = random.random()
+        return ((index, opened, last) for index, _, last in super().__iter__())
+
+
 class Shards(IterableDataset[tuple[int, float]]):
     def __iter__(self) -> Iterator[tuple[int, float]]:
         info = get_worker_info()
@@ -94,6 +102,7 @@ KINDS = {
     "stream": Stream,
     "sized": Sized,
     "stateful": Stateful,
+    "stateful, draws when opened": DrawsWhenOpened,
     "list": lambda: [10, 20, 30, 40, 50],
     "iterable data set": lambda: DataLoader(Shards(), batch_size=3),
     "iterable data set, 2 workers": lambda: DataLoader(Shards(), batch_size=3, num_workers=2),

@@ -8,12 +8,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from dream_trainer.data.sampling import SamplingPlan
+from dream_trainer.data.sampling import Place, SamplingPlan
 
 exhaustive = settings(
     max_examples=200,
     deadline=None,
     derandomize=True,
+    print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 #: Batches to take with so many ranks and such a batch size, before the run is interrupted.
@@ -24,7 +25,7 @@ def plan(
     length: int, batch_size: int, rank: int, size: int, *, shuffle: bool = True, **options
 ) -> SamplingPlan:
     loader = DataLoader(range(length), batch_size=batch_size, shuffle=shuffle, **options)
-    return SamplingPlan(loader, 7, rank, size)
+    return SamplingPlan(loader, Place(7, rank, size))
 
 
 def batches(
@@ -110,12 +111,12 @@ def test_only_the_last_batch_is_uneven_and_by_one_sample_at_most(
 def test_the_order_is_a_function_of_seed_and_epoch() -> None:
     loader = DataLoader(range(50), shuffle=True)
     orders = {
-        (seed, epoch): tuple(SamplingPlan(loader, seed, 0, 1).order(epoch))
+        (seed, epoch): tuple(SamplingPlan(loader, Place(seed)).order(epoch))
         for seed in (0, 1)
         for epoch in (0, 1, 2)
     }
     assert len(set(orders.values())) == 6
-    later_first = SamplingPlan(loader, 1, 3, 4)
+    later_first = SamplingPlan(loader, Place(1, 3, 4))
     for epoch in (2, 0, 1):
         assert tuple(later_first.order(epoch)) == orders[1, epoch]
 

@@ -63,7 +63,9 @@ class CheckpointCallback(Callback):
             self._save(trainer)
         except CheckpointError as error:
             self._saved_at = None
-            warnings.warn(f"a checkpoint was not saved. {error}", RuntimeWarning, stacklevel=2)
+            if trainer.world.is_global_zero:
+                text = f"a checkpoint was not saved. {error}"
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def post_fit(self, trainer: BaseTrainer) -> None:
         """Save the end of the run, unless it is saved already."""

@@ -6,28 +6,26 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from dream_trainer.checkpointing.background import BackgroundSave, stepped_tensors
+from dream_trainer.checkpointing.lookup import checkpoint_to_resume, verified
 from dream_trainer.checkpointing.store import CheckpointStore, StoredCheckpoint
 from dream_trainer.configs import CheckpointParameters
-from dream_trainer.errors import CheckpointError, ConfigError
+from dream_trainer.errors import CheckpointError
 from dream_trainer.storage import (
-    Group,
     Like,
     Manifest,
+    Ranks,
     StagingBuffers,
     flatten,
-    on_rank_zero,
     read_tree,
     save_directory,
 )
 from dream_trainer.world import DreamWorld
-
-T = TypeVar("T")
 
 #: Parts of a state that differ from rank to rank; the rest is the same on every rank, or
 #: sharded over them.
@@ -106,16 +104,16 @@ class Checkpointer:
         """
         self.report(wait=True)
         entries = flatten(*split_local(state), rank=self.world.rank)
-        path = self._on_rank_zero(lambda: self.store.path_for(step))
+        path = self.world.ranks.on_zero(lambda: self.store.path_for(step))
         facts = self._facts(step, epoch, monitored)
         if not self.parameters.async_save:
-            self._commit(path, entries, facts)
+            self._commit(path, entries, facts, self.world.ranks)
             return path
-        optimizers, group = tuple(optimizers), self.world.background_group()
+        optimizers, ranks = tuple(optimizers), self.world.background_ranks()
         staged = self._buffers.stage(entries, stepped_tensors(optimizers))
 
         def commit() -> None:
-            self._commit(path, staged.entries, facts, group, staged.wait)
+            self._commit(path, staged.entries, facts, ranks, staged.wait)
 
         self._under_way = BackgroundSave(staged, commit, optimizers)
         return path
@@ -155,9 +153,8 @@ class Checkpointer:
         """Commit a checkpoint under a path of one's own; it is there when this returns."""
         self.report(wait=True)
         entries = flatten(*split_local(state), rank=self.world.rank)
-        rank, size = self.world.rank, self.world.size
         facts = self._facts(step, epoch, monitored)
-        save_directory(Path(path), entries, rank=rank, world_size=size, **facts)
+        save_directory(Path(path), entries, self.world.ranks, **facts)
 
     def load(self, path: str | Path, like: Like | None = None) -> LoadedCheckpoint:
         """Verify and read one checkpoint.
@@ -171,10 +168,7 @@ class Checkpointer:
         """
         self.report(wait=True)
 
-        def check() -> StoredCheckpoint:
-            return self._verified(Path(path))
-
-        return self._read(self._on_rank_zero(check), like)
+        return self._read(self.world.ranks.on_zero(lambda: verified(Path(path))), like)
 
     def resume(
         self, resume: str = "auto", like: Like | None = None, *, read_only: bool = False
@@ -197,7 +191,9 @@ class Checkpointer:
             CheckpointError: the path, or every checkpoint, is damaged.
         """
         self.report(wait=True)
-        stored = self._on_rank_zero(lambda: self._choose(resume, read_only))
+        stored = self.world.ranks.on_zero(
+            lambda: checkpoint_to_resume(self.store, self.parameters, resume, read_only=read_only)
+        )
         return None if stored is None else self._read(stored, like)
 
     def _commit(
@@ -205,13 +201,12 @@ class Checkpointer:
         path: Path,
         entries: Mapping[str, Tensor],
         facts: Mapping[str, Any],
-        group: Group = None,
+        ranks: Ranks,
         ready: Callable[[], object] = bool,
     ) -> None:
-        """Write, then tidy up. In the background with a process group of its own."""
-        rank, size = self.world.rank, self.world.size
-        save_directory(path, entries, rank=rank, world_size=size, group=group, ready=ready, **facts)
-        on_rank_zero(lambda: self.store.prune(self.parameters), rank, size, group)
+        """Write, then tidy up."""
+        save_directory(path, entries, ranks, ready, **facts)
+        ranks.on_zero(lambda: self.store.prune(self.parameters))
 
     def _outcome(self, wait: bool) -> CheckpointError | None:
         """Why the save under way failed; None if it did not, or is not done."""
@@ -230,73 +225,9 @@ class Checkpointer:
             "monitored": _as_json(monitored),
         }
 
-    def _choose(self, resume: str, read_only: bool) -> StoredCheckpoint | None:
-        store = self.store
-        if not read_only:
-            store.clean()
-        paths = store.paths()
-        if resume == "never":
-            if paths:
-                raise ConfigError(
-                    "checkpoint_parameters",
-                    [f"resume='never', but {store.directory} has {len(paths)} checkpoints"],
-                    "Choose another experiment name, or resume='auto' to continue this one.",
-                )
-            return None
-        is_word = Path(resume).name == resume and not Path(resume).exists()
-        if resume not in ("auto", "must") and is_word:
-            raise ConfigError(
-                "checkpoint_parameters",
-                [f"resume={resume!r} is neither 'auto', 'never', 'must' nor a checkpoint"],
-                "Give the path of a checkpoint, runs/.../checkpoints/step-... .",
-            )
-        if resume not in ("auto", "must"):
-            stored = self._verified(Path(resume))
-            if not read_only:
-                store.set_aside_after(stored.path)
-            return stored
-        damaged: list[tuple[Path, CheckpointError]] = []
-        for path in reversed(paths):
-            try:
-                stored = self._verified(path)
-            except CheckpointError as error:
-                damaged.append((path, error))
-                continue
-            # Renamed only now: with none left, another start must fail again, not start afresh.
-            for other, reason in damaged:
-                # Another process may be using what this one is only allowed to read.
-                fate = (
-                    "is left there"
-                    if read_only
-                    else (f"is now {store.set_aside(other, 'damaged').name}")
-                )
-                warnings.warn(f"{reason}\nIt {fate}; trying the one before.", stacklevel=2)
-            return stored
-        if damaged:
-            raise CheckpointError(
-                str(store.directory),
-                [f"{path.name}: {one}" for path, why in damaged for one in why.problems],
-                "No whole checkpoint is left. Move the directory away to start afresh.",
-            )
-        if resume == "must":
-            raise ConfigError(
-                "checkpoint_parameters",
-                [f"resume='must', but there is no checkpoint in {store.directory}"],
-                "Check project, group and experiment, or use resume='auto'.",
-            )
-        return None
-
-    def _verified(self, path: Path) -> StoredCheckpoint:
-        manifest = Manifest.read(path)
-        manifest.verify(path)
-        return StoredCheckpoint(path, manifest)
-
     def _read(self, stored: StoredCheckpoint, like: Like | None) -> LoadedCheckpoint:
         shared, local = read_tree(stored.path, like, rank=self.world.rank)
         return LoadedCheckpoint(join_local(shared, local), stored.manifest, stored.path)
-
-    def _on_rank_zero(self, function: Callable[[], T]) -> T:
-        return on_rank_zero(function, self.world.rank, self.world.size)
 
 
 def split_local(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

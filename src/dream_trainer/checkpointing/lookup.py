@@ -1,4 +1,4 @@
-"""From the path that a user gives to one whole checkpoint."""
+"""From what a user asks for to one whole checkpoint. Call it on rank 0 only."""
 
 from __future__ import annotations
 
@@ -6,15 +6,29 @@ import warnings
 from pathlib import Path
 
 from dream_trainer.checkpointing.store import CheckpointStore, StoredCheckpoint
-from dream_trainer.errors import CheckpointError
+from dream_trainer.configs import CheckpointParameters
+from dream_trainer.errors import CheckpointError, ConfigError
 from dream_trainer.storage import Manifest
+
+Damaged = list[tuple[Path, CheckpointError]]
+_WORDS = ("auto", "must", "never")
+
+
+def verified(path: Path) -> StoredCheckpoint:
+    """A checkpoint whose files are those of its manifest.
+
+    Raises:
+        CheckpointError: it is damaged, or none.
+    """
+    manifest = Manifest.read(path)
+    manifest.verify(path)
+    return StoredCheckpoint(path, manifest)
 
 
 def whole_checkpoint(place: Path) -> StoredCheckpoint:
     """The checkpoint at ``place``, or the newest whole one of the run there.
 
-    Reads only: nothing is renamed, for the run may be under way in another process. Call it on
-    rank 0 only.
+    Reads only: nothing is renamed, for the run may be under way in another process.
 
     Args:
         place: a checkpoint, a run's directory or its ``checkpoints``.
@@ -31,22 +45,87 @@ def whole_checkpoint(place: Path) -> StoredCheckpoint:
             "Give a checkpoint's directory, or that of a run which has saved one.",
         )
     if not paths:
-        return _verified(place)
-    damaged: list[CheckpointError] = []
+        return verified(place)
+    stored, damaged = _newest_whole(paths)
+    if stored is None:
+        raise CheckpointError(str(place), _problems(damaged), "None of its checkpoints is whole.")
+    for _, reason in damaged:
+        warnings.warn(f"{reason}\nTaking {stored.path.name} instead.", stacklevel=2)
+    return stored
+
+
+def checkpoint_to_resume(
+    store: CheckpointStore, parameters: CheckpointParameters, resume: str, *, read_only: bool
+) -> StoredCheckpoint | None:
+    """What a run continues from; see `Checkpointer.resume`."""
+    if not read_only:
+        store.clean()
+    if resume not in _WORDS:
+        return _asked_for(store, resume, read_only)
+    paths = store.paths()
+    if resume == "never":
+        if paths:
+            raise ConfigError(
+                "checkpoint_parameters",
+                [f"resume='never', but {store.directory} has {len(paths)} checkpoints"],
+                "Choose another experiment name, or resume='auto' to continue this one.",
+            )
+        return None
+    stored, damaged = _newest_whole(paths)
+    if stored is not None:
+        _pass_over(store, damaged, read_only)
+        if not read_only:
+            store.prune(parameters)  # a killed save may have got no further than its commit
+    elif damaged:
+        raise CheckpointError(
+            str(store.directory),
+            _problems(damaged),
+            "No whole checkpoint is left. Move the directory away to start afresh.",
+        )
+    elif resume == "must":
+        raise ConfigError(
+            "checkpoint_parameters",
+            [f"resume='must', but there is no checkpoint in {store.directory}"],
+            "Check project, group and experiment, or use resume='auto'.",
+        )
+    return stored
+
+
+def _asked_for(store: CheckpointStore, resume: str, read_only: bool) -> StoredCheckpoint:
+    path = Path(resume)
+    if path.name == resume and not path.exists():
+        raise ConfigError(
+            "checkpoint_parameters",
+            [f"resume={resume!r} is neither 'auto', 'never', 'must' nor a checkpoint"],
+            "Give the path of a checkpoint, runs/.../checkpoints/step-... .",
+        )
+    stored = verified(path.resolve() if path.is_symlink() else path)
+    if not read_only:
+        store.set_aside_after(stored.path)
+    return stored
+
+
+def _newest_whole(paths: list[Path]) -> tuple[StoredCheckpoint | None, Damaged]:
+    damaged: Damaged = []
     for path in reversed(paths):
         try:
-            stored = _verified(path)
+            return verified(path), damaged
         except CheckpointError as error:
-            damaged.append(error)
-            continue
-        for reason in damaged:
-            warnings.warn(f"{reason}\nTaking {stored.path.name} instead.", stacklevel=2)
-        return stored
-    problems = [f"{Path(one.place).name}: {why}" for one in damaged for why in one.problems]
-    raise CheckpointError(str(place), problems, "None of its checkpoints is whole.")
+            damaged.append((path, error))
+    return None, damaged
 
 
-def _verified(path: Path) -> StoredCheckpoint:
-    manifest = Manifest.read(path)
-    manifest.verify(path)
-    return StoredCheckpoint(path, manifest)
+def _pass_over(store: CheckpointStore, damaged: Damaged, read_only: bool) -> None:
+    """Report damaged checkpoints and rename them.
+
+    Only once a whole one is found: with none left, another start must fail again, not start
+    afresh.
+    """
+    for path, reason in damaged:
+        # Another process may be using what this one is only allowed to read.
+        fate = "is left there" if read_only else f"is now {store.set_aside(path, 'damaged').name}"
+        warnings.warn(f"{reason}\nIt {fate}; trying the one before.", stacklevel=2)
+
+
+def _problems(damaged: Damaged) -> list[str]:
+    return [f"{path.name}: {one}" for path, why in damaged for one in why.problems]

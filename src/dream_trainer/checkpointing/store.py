@@ -16,7 +16,7 @@ from dream_trainer.storage import Manifest, move_aside
 # The second number tells apart checkpoints of one step: at the end of an epoch the state
 # differs from the one after the epoch's last step.
 _NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
-_LEFTOVER = re.compile(r"\.step-.*\.tmp")
+_LEFTOVER = re.compile(r"\.(step-.*|newest|best)\.tmp")
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,11 @@ class CheckpointStore:
         if not self.directory.is_dir():
             return
         for path in self.directory.iterdir():
-            if path.is_dir() and _LEFTOVER.fullmatch(path.name):
+            if not _LEFTOVER.fullmatch(path.name):
+                continue
+            if path.is_symlink():
+                path.unlink()
+            else:
                 shutil.rmtree(path)
 
     def set_aside(self, path: Path, reason: str) -> Path:

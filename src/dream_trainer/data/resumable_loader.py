@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
-import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Generator, Mapping
+from contextlib import closing
+from dataclasses import replace
+from types import GeneratorType
 from typing import Any
 
-import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
-from dream_trainer.data.sample_seeding import Key, SeededCollate, SeededDataset
-from dream_trainer.data.sampling import SamplingPlan
-from dream_trainer.errors import StateError
-from dream_trainer.randomness import (
-    RawState,
-    decode_state,
-    derive,
-    encode_state,
-    preserved,
-    raw_state,
-    seed_cpu,
-    set_raw_state,
-)
+from dream_trainer.data.iterables import IterableReader
+from dream_trainer.data.map_style import MapStyleReader
+from dream_trainer.data.reader import Reader
+from dream_trainer.data.sampling import Place, batch_sampler_of
+from dream_trainer.errors import ConfigError, StateError
 
 
 class ResumableLoader:
@@ -34,7 +25,8 @@ class ResumableLoader:
     an order that is a pure function of (seed, epoch); the position is the number of samples
     handed out over all ranks, so a change of ranks or batch size keeps it. Every sample is used
     once: the last batch is divided as evenly as possible. Draws of ``random``, ``numpy`` and
-    ``torch`` inside ``__getitem__`` depend on (seed, epoch, sample index) only.
+    ``torch`` inside ``__getitem__``, also from generators that the data set keeps, depend on
+    (seed, epoch, sample index) only.
 
     *Loaders with* ``state_dict`` are asked for it. *Other iterables*, ``IterableDataset`` objects
     among them, are this rank's own data; they continue by skipping what was used, and draw from
@@ -54,6 +46,10 @@ class ResumableLoader:
         num_samples_all_ranks: samples of the last batch over all ranks; None if unknown.
         is_last: whether the last batch ends its epoch; None if that is not known yet.
         looks_ahead: whether iterables are read one batch ahead, so that ``is_last`` is known.
+
+    Raises:
+        TypeError: it is not iterable, or resumable already.
+        ConfigError: an option of the ``DataLoader`` leaves the order to chance.
     """
 
     def __init__(self, loader: Any, *, seed: int | None = None, seed_samples: bool = True) -> None:
@@ -61,26 +57,25 @@ class ResumableLoader:
             raise TypeError("this loader is a ResumableLoader already; pass it as it is")
         if not hasattr(loader, "__iter__"):
             raise TypeError(f"{type(loader).__name__} is not iterable; pass a DataLoader")
+        is_map_style = isinstance(loader, DataLoader) and not (
+            isinstance(loader.dataset, IterableDataset) or hasattr(loader, "state_dict")
+        )
+        _refuse_chance(loader)
         self.loader = loader
         self.epoch = 0
         self.num_samples: int | None = None
         self.num_samples_all_ranks: int | None = None
         self.is_last: bool | None = None
-        self._seed, self._seed_samples = seed, seed_samples
-        self._rank, self._size = 0, 1
         self.looks_ahead = False
-        self._any_rank: Callable[[bool], bool] = bool
-        self._position = 0  # samples over all ranks if map-style, else batches of this rank
-        self._is_map_style = isinstance(loader, DataLoader) and not (
-            isinstance(loader.dataset, IterableDataset) or hasattr(loader, "state_dict")
+        self._seed = seed
+        self._place = Place(seed=seed or 0)
+        self._position = 0
+        self._reader: Reader = (
+            MapStyleReader(loader, seed_samples=seed_samples)
+            if is_map_style
+            else IterableReader(loader)
         )
-        self._is_stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
-        self._is_sequence = isinstance(loader, Sequence)
-        self._is_resumed = False
-        self._before_peek: tuple[Any, RawState | None] | None = None
-        self._stream: RawState | None = None
-        self._plan: SamplingPlan | None = None
-        self._torch_loader: DataLoader[Any] | None = None
+        self._reader.attach(self._place)
 
     def attach(
         self,
@@ -90,6 +85,7 @@ class ResumableLoader:
         size: int = 1,
         looks_ahead: bool = False,
         any_rank: Callable[[bool], bool] = bool,
+        samples_per_step: int | None = None,
     ) -> ResumableLoader:
         """Say which rank of how many this is. Trainers call it; a script on one rank need not.
 
@@ -100,20 +96,23 @@ class ResumableLoader:
             looks_ahead: read iterables one batch ahead, so that ``is_last`` is known.
             any_rank: collective that tells whether a flag holds on any rank. Iterables use it
                 before each batch, so that no rank waits for one that has run out.
+            samples_per_step: samples of an optimizer step over all ranks, if that is fixed. With
+                it, ``drop_last`` drops the samples that do not fill a step, on any number of ranks
+                and with any batch size the same.
 
         Returns:
             The loader itself.
         """
         self._seed = seed if self._seed is None else self._seed
-        self._rank, self._size = rank, size
-        self.looks_ahead, self._any_rank = looks_ahead, any_rank
-        self._plan = self._torch_loader = None
+        self.looks_ahead = looks_ahead
+        self._place = Place(self._seed, rank, size, samples_per_step, any_rank)
+        self._reader.attach(self._place)
         return self
 
     @property
     def batch_size(self) -> int | None:
         """Samples per batch on one rank; None if the loader cannot tell."""
-        sampler = getattr(self.loader, "batch_sampler", None)
+        sampler = batch_sampler_of(self.loader)
         if type(sampler) is BatchSampler:
             return sampler.batch_size
         return getattr(self.loader, "batch_size", None)
@@ -126,9 +125,20 @@ class ResumableLoader:
     @property
     def num_batches(self) -> int | None:
         """Batches of a whole epoch on this rank; None if the loader cannot tell."""
-        if self._is_map_style:
-            return self._sampling_plan.num_batches(self.epoch)
-        return len(self.loader) if self._is_sequence else None
+        return self._reader.num_batches(self.epoch)
+
+    @property
+    def length(self) -> int | None:
+        """Length of the epoch in the unit of the position, before ``drop_last``; None if unknown.
+
+        Samples over all ranks if map-style, batches of this rank otherwise.
+        """
+        return self._reader.length(self.epoch)
+
+    @property
+    def order_checksum(self) -> int | None:
+        """A checksum of the order that a sampler of a user's gave; differs if ranks disagree."""
+        return self._reader.checksum(self.epoch)
 
     def __len__(self) -> int:
         if self.num_batches is None:
@@ -141,265 +151,144 @@ class ResumableLoader:
             self._start_epoch(epoch)
 
     def rewind(self) -> None:
-        """Go back to the beginning of the first epoch, as each validation does."""
+        """Go back to the beginning of the first epoch, as each validation does.
+
+        A loader with ``state_dict`` goes back to the state that it had before it was first read.
+        Rewind it once before that; later its first state is not known.
+        """
         self._start_epoch(0)
+        self._reader.rewind()
+
+    def close(self) -> None:
+        """End worker processes that persist; position and state stay, and reading starts new ones.
+
+        Left to the garbage collector, each would be waited for several seconds.
+        """
+        self._reader.close()
 
     def num_samples_ahead(self, num_batches: int) -> list[int] | None:
         """Samples over all ranks in each of the next batches, as far as the epoch goes.
 
         None if the loader cannot tell.
         """
-        if not self._is_map_style:
-            return None
-        return self._sampling_plan.num_samples_ahead(self.epoch, self._position, num_batches)
+        return self._reader.num_samples_ahead(self.epoch, self._position, num_batches)
 
     def __iter__(self) -> Generator[Any, None, None]:
-        yield from self._map_style() if self._is_map_style else self._iterable()
+        reader = self._reader
+        with closing(
+            reader.read(self.epoch, self._position, looks_ahead=self.looks_ahead)
+        ) as handed_out:
+            for one in handed_out:
+                self._position += one.advance
+                self.num_samples = one.num_samples
+                self.num_samples_all_ranks = one.num_samples_all_ranks
+                self.is_last = one.is_last
+                yield one.batch
         self._start_epoch(self.epoch + 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch, position and what is needed to continue there; differs by rank for iterables."""
-        state: dict[str, Any] = {
+        return {
             "epoch": self.epoch,
             "position": self._position,
-            "unit": self._unit,
+            "unit": self._reader.unit,
             "seed": self._seed,
+            "length": self.length,
+            **self._reader.state(),
         }
-        if self._is_map_style:
-            state["length"] = self._sampling_plan.num_units(self.epoch)
-        elif self._is_stateful:
-            inner, stream = self._before_peek or (self.loader.state_dict(), self._stream)
-            state["loader"] = inner
-            state["stream"] = None if stream is None else encode_state(stream)
-        return state
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], allow: Collection[str] = ()) -> None:
         """Continue where another loader of the same data stood.
 
+        Args:
+            state_dict: what `state_dict` gave; it is not changed.
+            allow: what may differ from the state, with a warning that says what it means:
+                ``"seed"``, ``"dataset_length"``. The loader goes on with its own, at the same
+                position; one behind the end of its data ends the epoch.
+
         Raises:
-            StateError: the state is of another kind of loader, seed or length.
+            StateError: the state is of another kind of loader, or of a seed or length that differs
+                and is not allowed to.
         """
-        problems = []
-        if state_dict["unit"] != self._unit:
-            problems.append(
-                f"the state counts {state_dict['unit']}, this loader {self._unit}: "
-                "it was saved from another kind of loader"
-            )
-        if self._seed is not None and state_dict["seed"] not in (None, self._seed):
-            problems.append(f"seed {state_dict['seed']} in the state, {self._seed} here")
-        if self._is_map_style and state_dict["unit"] == self._unit:
-            length = self._sampling_plan.num_units(state_dict["epoch"])
-            if state_dict["length"] != length:
-                problems.append(f"{state_dict['length']} samples in the state, {length} here")
+        problems = self._problems_of_kind(state_dict)
+        differences = {} if problems else self._differences(state_dict)
+        refused = [name for name in differences if name not in allow]
+        problems += [differences[name] for name in refused]
         if problems:
-            raise StateError("dataloader", problems, "Continue with the same data and seed.")
+            move = "Continue with the same data and seed"
+            if refused:
+                names = ", ".join(map(repr, refused))
+                move += f", or allow it by name: checkpoint_parameters.allow_changed=[{names}]"
+            raise StateError("dataloader", problems, f"{move}.")
+        for name, difference in differences.items():
+            warnings.warn(f"dataloader: {difference}. {_MEANING[name]}", stacklevel=2)
+        if self._seed is None and state_dict["seed"] is not None:
+            self._seed = state_dict["seed"]
+            self._place = replace(self._place, seed=self._seed)
+            self._reader.attach(self._place)
         self._start_epoch(state_dict["epoch"])
         self._position = state_dict["position"]
-        if self._seed is None:
-            self._seed = state_dict["seed"]
-            self._plan = self._torch_loader = None  # made with the seed that was not known yet
-        if self._is_stateful:
-            stream = state_dict["stream"]
-            self._before_peek = (
-                copy.deepcopy(state_dict["loader"]),
-                None if stream is None else decode_state(stream),
-            )
-            self._is_resumed = True
+        self._reader.load(state_dict)
 
-    # ------------------------------------------------------------------ map-style
+    def _problems_of_kind(self, state: Mapping[str, Any]) -> list[str]:
+        unit = self._reader.unit
+        if state["unit"] != unit:
+            return [
+                f"the state counts {state['unit']}, this loader {unit}: "
+                "it was saved from another kind of loader"
+            ]
+        return self._reader.problems(state)
 
-    def _map_style(self) -> Iterator[Any]:
-        plan, epoch = self._sampling_plan, self.epoch
-        batches_left = plan.num_batches(epoch, self._position)
-        if not batches_left:
-            return
-        shares = plan.shares(epoch, self._position)
-        iterator = iter(self._map_loader)
-        try:
-            for share, batch in zip(shares, iterator, strict=False):
-                batches_left -= 1
-                self._position += share.num_samples_all_ranks
-                self.num_samples = share.num_samples
-                self.num_samples_all_ranks = share.num_samples_all_ranks
-                self.is_last = batches_left == 0
-                yield batch
-            if batches_left:
-                raise RuntimeError(
-                    f"the loader ended {batches_left} batches early; "
-                    "does __getitem__ or collate_fn raise StopIteration?"
-                )
-        except Exception:
-            # As long as the traceback lives it would keep the worker processes alive.
-            self._torch_loader = None
-            getattr(iterator, "_shutdown_workers", bool)()
-            raise
-
-    @property
-    def _sampling_plan(self) -> SamplingPlan:
-        if self._plan is None:
-            self._plan = SamplingPlan(self.loader, self._seed or 0, self._rank, self._size)
-        return self._plan
-
-    @property
-    def _map_loader(self) -> DataLoader[Any]:
-        """The user's loader again, over keys that carry the epoch. Made once: workers persist."""
-        if self._torch_loader is None:
-            self._torch_loader = self._make_map_loader()
-        # Without a generator of its own it would draw its workers' seed from the global one,
-        # once per iterator, and a continued run has one iterator more.
-        generator = self._torch_loader.generator
-        generator.manual_seed(derive(self._seed or 0, self.epoch, "workers"))
-        return self._torch_loader
-
-    def _make_map_loader(self) -> DataLoader[Any]:
-        loader = self.loader
-        seed = (self._seed or 0) if self._seed_samples else None
-        options: dict[str, Any] = {
-            "num_workers": loader.num_workers,
-            "collate_fn": SeededCollate(loader.collate_fn, seed),
-            "pin_memory": loader.pin_memory,
-            "timeout": loader.timeout,
-            "worker_init_fn": loader.worker_init_fn,
-            "multiprocessing_context": loader.multiprocessing_context,
-            "prefetch_factor": loader.prefetch_factor,
-            "persistent_workers": loader.persistent_workers,
-            "generator": torch.Generator(),
-        }
-        keys = _Keys(self)
-        if loader.batch_size is None and loader.batch_sampler is None:
-            options |= {"batch_size": None, "sampler": _Single(keys)}
-        else:
-            options["batch_sampler"] = keys
-        return DataLoader(SeededDataset(loader.dataset, seed), **options)
-
-    # ------------------------------------------------------------------ iterables
-
-    def _iterable(self) -> Iterator[Any]:
-        iterator = self._open_iterator()
-        peeks = self.looks_ahead and not self._is_sequence
-        nothing = object()
-
-        def fetch() -> Any:
-            with self._own_stream():
-                item = next(iterator, nothing)
-            return nothing if self._any_rank(item is nothing) else item
-
-        try:
-            item = fetch()
-            while item is not nothing:
-                following = nothing
-                self.is_last = None
-                if self._is_sequence:
-                    self.is_last = self._position + 1 == len(self.loader)
-                elif peeks:
-                    if self._is_stateful:
-                        # Its own state would count the batch that is only looked at. A copy:
-                        # the loader may go on to change what it gave.
-                        self._before_peek = (
-                            copy.deepcopy(self.loader.state_dict()),
-                            self._stream,
-                        )
-                    following = fetch()
-                    self.is_last = following is nothing
-                self._position += 1
-                self.num_samples = self.num_samples_all_ranks = None
-                yield item
-                item = following if peeks else fetch()
-        finally:
-            if not self._is_stateful:
-                # Workers that persist start anew each epoch; left alone they would wait on.
-                getattr(iterator, "_shutdown_workers", bool)()
-                self._forget_iterator()
-
-    def _open_iterator(self) -> Iterator[Any]:
-        if self._is_sequence:
-            return iter(self.loader[self._position :])
-        resumed, self._before_peek = self._before_peek, None
-        self._is_resumed = False
-        if resumed is None and self._is_stateful and self._position:
-            resumed = self.loader.state_dict(), self._stream  # left in mid-epoch, by a break
-        if resumed is not None:
-            inner, self._stream = resumed
-            self.loader.load_state_dict(inner)
-        if resumed is None or self._stream is None:
-            with preserved():
-                seed_cpu(derive(self._seed or 0, self.epoch, self._rank, "stream"))
-                self._stream = raw_state()
-        if not self._is_stateful:
-            # Workers that persist, or a generator of the loader's own, would carry their streams
-            # from epoch to epoch; a continued run starts them in the middle.
-            self._forget_iterator()
-            own = getattr(self.loader, "generator", None)
-            if isinstance(own, torch.Generator):
-                own.manual_seed(derive(self._seed or 0, self.epoch, self._rank, "workers"))
-        with self._own_stream():
-            iterator: Iterator[Any] = iter(self.loader)
-            if self._position and not self._is_stateful:
-                warnings.warn(
-                    f"{type(self.loader).__name__} has no state_dict: continuing reads and drops "
-                    f"{self._position} batches. A map-style data set continues at once.",
-                    stacklevel=2,
-                )
-                for _ in range(self._position):
-                    next(iterator, None)
-        return iterator
-
-    def _forget_iterator(self) -> None:
-        if isinstance(self.loader, DataLoader):
-            self.loader._iterator = None
-
-    @contextmanager
-    def _own_stream(self) -> Iterator[None]:
-        """Draws inside come from the loader's stream, not from the run's."""
-        if self._stream is None:
-            yield
-            return
-        with preserved():
-            set_raw_state(self._stream)
-            try:
-                yield
-            finally:
-                self._stream = raw_state()
-
-    # ------------------------------------------------------------------ both
-
-    @property
-    def _unit(self) -> str:
-        return "samples" if self._is_map_style else "batches"
+    def _differences(self, state: Mapping[str, Any]) -> dict[str, str]:
+        found = {}
+        if None not in (self._seed, state["seed"]) and self._seed != state["seed"]:
+            found["seed"] = f"seed {state['seed']} in the state, {self._seed} here"
+        then, length = state.get("length"), self._reader.length(state["epoch"])
+        if None not in (then, length) and then != length:
+            found["dataset_length"] = f"{then} {self._reader.unit} in the state, {length} here"
+        return found
 
     def _start_epoch(self, epoch: int) -> None:
-        if self._is_resumed and self._before_peek is not None:
-            # Left in mid-epoch, as the loader of a run without interruption was.
-            self.loader.load_state_dict(self._before_peek[0])
-            iter(self.loader)
-        self._is_resumed = False
+        self._reader.start_epoch()
         self.epoch, self._position = epoch, 0
-        self._stream = self._before_peek = None
 
 
-class _Keys:
-    """Batch sampler: this rank's batches from the loader's position on, as (epoch, index)."""
+_MEANING = {
+    "seed": "The rest of the epoch comes in the order of the new seed: some samples a second time, "
+    "others not at all.",
+    "dataset_length": "The rest of the epoch comes in the order of the new data, from the same "
+    "position on: some samples may come a second time, others not at all.",
+}
 
-    def __init__(self, owner: ResumableLoader) -> None:
-        # A circle of references would leave persistent workers to the garbage collector, which
-        # closes their queues first and then waits seconds for each.
-        self._owner = weakref.proxy(owner)
 
-    def __iter__(self) -> Iterator[list[Key]]:
-        owner = self._owner
-        epoch, plan = owner.epoch, owner._sampling_plan
-        for share in plan.shares(epoch, owner._position):
-            units = (
-                [i for batch in share.units for i in batch] if plan.deals_batches else (share.units)
+def _refuse_chance(loader: Any) -> None:
+    """Refuse what lets two readings of one loader differ.
+
+    Raises:
+        ConfigError: with all problems at once.
+    """
+    if hasattr(loader, "state_dict"):
+        return
+    if not isinstance(loader, DataLoader):
+        sampler = getattr(loader, "sampler", None)
+        if isinstance(sampler, DistributedSampler) and sampler.shuffle:
+            # Fabric's wrapper does: a continued run would shuffle as its first epoch did.
+            raise ConfigError(
+                type(loader).__name__,
+                ["it counts the epochs that it shuffles by from 0 in every process"],
+                "Hand over the DataLoader itself, not what setup_dataloaders made of it: it is "
+                "divided over the ranks, and batches are moved to the device, all the same.",
             )
-            yield [(epoch, index) for index in units]
-
-
-class _Single:
-    """Sampler over batches of one, for loaders that do not batch."""
-
-    def __init__(self, keys: _Keys) -> None:
-        self._keys = keys
-
-    def __iter__(self) -> Iterator[Key]:
-        return (batch[0] for batch in self._keys)
+        return
+    problems = []
+    if loader.num_workers and not getattr(loader, "in_order", True):
+        problems.append("in_order=False hands out batches in the order in which workers finish")
+    problems += [
+        f"{name} is a generator, which can be read once: there is no second epoch"
+        for name in ("sampler", "batch_sampler")
+        if isinstance(getattr(loader, name), GeneratorType)
+    ]
+    if problems:
+        raise ConfigError(
+            type(loader).__name__, problems, "An order that can be continued can be repeated."
+        )

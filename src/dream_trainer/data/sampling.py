@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import zlib
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
-import torch
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    DistributedSampler,
-    RandomSampler,
-    SequentialSampler,
-)
+from torch.utils.data import BatchSampler, DataLoader
 
-from dream_trainer.randomness import derive, preserved, seed_cpu
+from dream_trainer.data.epoch_order import EpochOrder
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which rank of how many reads, and under which seed."""
+
+    seed: int = 0
+    """Fixes order and draws."""
+    rank: int = 0
+    """Index among the ranks that get different samples."""
+    size: int = 1
+    """Number of such ranks."""
+    samples_per_step: int | None = None
+    """With it, ``drop_last`` drops what does not fill an optimizer step, on any ranks alike."""
+    any_rank: Callable[[bool], bool] = bool
+    """Collective that tells whether a flag holds on any rank."""
 
 
 @dataclass(frozen=True)
@@ -35,97 +47,85 @@ class SamplingPlan:
 
     Args:
         loader: the user's loader; its sampler says whether and how samples are shuffled.
-        seed: with the epoch, fixes the order.
-        rank: index of this rank among those that get different samples.
-        size: number of such ranks.
+        place: this rank, and the seed that fixes the order.
     """
 
-    def __init__(self, loader: DataLoader[Any], seed: int, rank: int, size: int) -> None:
-        self._loader, self._seed, self._rank, self._size = loader, seed, rank, size
-        own = loader.batch_sampler
-        if type(own) is BatchSampler:  # the loader's, or given by the user: both say the same
-            self._sampler, self.batch_size, self._drop_last = (
-                own.sampler,
-                own.batch_size,
-                own.drop_last,
+    def __init__(self, loader: DataLoader[Any], place: Place) -> None:
+        self._place = place
+        batches = batch_sampler_of(loader)
+        if batches is not None and type(batches) is BatchSampler:
+            # The loader's, or given by the user: both say the same.
+            source, self.batch_size, self._drops = (
+                batches.sampler,
+                batches.batch_size,
+                batches.drop_last,
             )
         else:
-            self._sampler, self.batch_size, self._drop_last = loader.sampler, 1, False
+            source = loader.sampler if batches is None else batches
+            self.batch_size, self._drops = 1, False
         # A custom batch sampler decides which samples go together; whole batches are dealt out.
-        self.deals_batches = own is not None and type(own) is not BatchSampler
-        self._order: tuple[int, Sequence[Any]] | None = None
+        self.deals_batches = batches is not None and type(batches) is not BatchSampler
+        self.order = EpochOrder(
+            source, loader.dataset, place.seed, gives_batches=self.deals_batches
+        )
+        self._ends: tuple[int, Sequence[int]] | None = None
 
-    def num_units(self, epoch: int) -> int:
-        """Samples (or custom batches) of an epoch over all ranks, before ``drop_last``."""
-        if self.deals_batches or not _is_plain(self._sampler):
-            return len(self.order(epoch))
-        return self._length
+    def length(self, epoch: int) -> int:
+        """Samples of an epoch over all ranks, before ``drop_last``."""
+        if self.deals_batches:
+            return self._batch_ends(epoch)[-1]
+        return self.order.length(epoch)
+
+    def checksum(self, epoch: int) -> int | None:
+        """Of the order, where code of a user's, or weights, decide; equal on ranks that agree."""
+        return zlib.crc32(repr(self.order(epoch)).encode()) if self.order.is_drawn else None
 
     def num_batches(self, epoch: int, position: int = 0) -> int:
         """Batches that each rank gets from a position to the end of the epoch."""
-        left = max(self.num_units(epoch) - self._units_before(epoch, position), 0)
-        whole, rest = divmod(left, self.batch_size * self._size)
-        return whole if self._drop_last or not rest else whole + 1
+        left = max(self._end(epoch) - self._units_before(epoch, position), 0)
+        whole, rest = divmod(left, self._units_per_batch)
+        is_kept = not self._drops or self._place.samples_per_step is not None
+        return whole + 1 if rest and is_kept else whole
 
     def shares(self, epoch: int, position: int = 0) -> Iterator[Share]:
         """This rank's part of each batch, from ``position`` samples on."""
-        start = self._units_before(epoch, position)
-        step = self.batch_size * self._size
-        order = self.order(epoch)
+        start, step = self._units_before(epoch, position), self._units_per_batch
+        order, end = self.order(epoch), self._end(epoch)
         for _ in range(self.num_batches(epoch, position)):
-            yield self._share(order[start : start + step])
+            yield self._share(order[start : min(start + step, end)])
             start += step
 
     def num_samples_ahead(self, epoch: int, position: int, num_batches: int) -> list[int]:
         """Samples over all ranks in each of the next batches, as far as the epoch goes."""
         count = min(num_batches, self.num_batches(epoch, position))
-        start = self._units_before(epoch, position)
-        step = self.batch_size * self._size
+        start, step, end = (
+            self._units_before(epoch, position),
+            self._units_per_batch,
+            self._end(epoch),
+        )
+        edges = [min(start + i * step, end) for i in range(count + 1)]
         if self.deals_batches:
-            order = self.order(epoch)
-            return [
-                sum(len(batch) for batch in order[start + i * step : start + (i + 1) * step])
-                for i in range(count)
-            ]
-        total = self.num_units(epoch)
-        return [min(step, total - start - i * step) for i in range(count)]
-
-    def order(self, epoch: int) -> Sequence[Any]:
-        """All units of an epoch, in the order that they are used in, over all ranks."""
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, self._make_order(epoch))
-        return self._order[1]
-
-    def _make_order(self, epoch: int) -> Sequence[Any]:
-        sampler = self._sampler
-        seed = derive(self._seed, epoch)
-        if not self.deals_batches and _is_plain(sampler):
-            if not _shuffles(sampler):
-                return range(self._length)
-            generator = torch.Generator().manual_seed(seed)
-            return _Indices(torch.randperm(self._length, generator=generator))
-        source: Any = self._loader.batch_sampler if self.deals_batches else sampler
-        with preserved():
-            seed_cpu(seed)
-            parts = {id(part): part for part in (source, getattr(source, "sampler", sampler))}
-            for part in parts.values():
-                own = getattr(part, "generator", None)
-                if isinstance(own, torch.Generator):
-                    own.manual_seed(seed)
-                if hasattr(part, "set_epoch"):
-                    part.set_epoch(epoch)
-            return list(source)
+            ends = self._batch_ends(epoch)
+            edges = [ends[edge] for edge in edges]
+        return [after - before for before, after in pairwise(edges)]
 
     @property
-    def _length(self) -> int:
-        data: Any = self._loader.dataset
-        return len(getattr(self._sampler, "data_source", data))
+    def _units_per_batch(self) -> int:
+        return self.batch_size * self._place.size
+
+    def _end(self, epoch: int) -> int:
+        """Units of an epoch that are used, if no batch is dropped for want of samples."""
+        units, step = self.order.length(epoch), self._place.samples_per_step
+        if not self._drops or step is None:
+            return units
+        return units - units % step
 
     def _share(self, units: Sequence[Any]) -> Share:
         # As even as possible: only the last batch of an epoch can be uneven.
-        base, extra = divmod(len(units), self._size)
-        start = self._rank * base + min(self._rank, extra)
-        mine = units[start : start + base + (self._rank < extra)]
+        rank, size = self._place.rank, self._place.size
+        base, extra = divmod(len(units), size)
+        start = rank * base + min(rank, extra)
+        mine = units[start : start + base + (rank < extra)]
         count = _num_samples if self.deals_batches else len
         # Without a batch this rank would miss the collectives of the others' step.
         return Share(mine if len(mine) else units[:1], count(mine), count(units))
@@ -133,38 +133,23 @@ class SamplingPlan:
     def _units_before(self, epoch: int, position: int) -> int:
         if not self.deals_batches:
             return position
-        seen = units = 0
-        for batch in self.order(epoch):
-            if seen >= position:
-                break
-            seen += len(batch)
-            units += 1
-        return units
+        return bisect_left(self._batch_ends(epoch), position)
+
+    def _batch_ends(self, epoch: int) -> Sequence[int]:
+        """Samples before each batch of a custom batch sampler, and in all."""
+        if self._ends is None or self._ends[0] != epoch:
+            lengths = (len(batch) for batch in self.order(epoch))
+            self._ends = (epoch, list(accumulate(lengths, initial=0)))
+        return self._ends[1]
 
 
-class _Indices(Sequence[int]):
-    """A tensor of indices as a sequence of ints; slices stay cheap."""
-
-    def __init__(self, indices: torch.Tensor) -> None:
-        self._indices = indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._indices[key].tolist()
+def batch_sampler_of(loader: Any) -> Any:
+    """What decides on the batches: given as such, or as the sampler of a loader of single items."""
+    if getattr(loader, "batch_sampler", None) is not None:
+        return loader.batch_sampler
+    sampler = getattr(loader, "sampler", None)
+    return sampler if isinstance(sampler, BatchSampler) else None
 
 
 def _num_samples(batches: Sequence[Any]) -> int:
     return sum(len(batch) for batch in batches)
-
-
-def _is_plain(sampler: Any) -> bool:
-    """Whether a sampler visits each sample of the data set once, in order or shuffled."""
-    if type(sampler) is RandomSampler:
-        return not sampler.replacement and sampler.num_samples == len(sampler.data_source)
-    return type(sampler) in (SequentialSampler, DistributedSampler)
-
-
-def _shuffles(sampler: Any) -> bool:
-    return type(sampler) is RandomSampler or bool(getattr(sampler, "shuffle", False))

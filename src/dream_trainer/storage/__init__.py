@@ -1,7 +1,7 @@
 """How state becomes files: plain trees, torch distributed checkpoints, manifests, atomic writes."""
 
 from dream_trainer.storage.atomic import atomic_file, write_text
-from dream_trainer.storage.collective import Group, all_gather, on_rank_zero
+from dream_trainer.storage.collective import Ranks
 from dream_trainer.storage.dcp import Like, flatten, read_outline, read_parts, read_tree
 from dream_trainer.storage.directory import free_name, move_aside, save_directory
 from dream_trainer.storage.manifest import FORMAT_VERSION, Manifest
@@ -10,21 +10,19 @@ from dream_trainer.storage.tree import Tree, TreePath, join, split, tensor_leave
 
 __all__ = [
     "FORMAT_VERSION",
-    "Group",
     "Like",
     "Manifest",
+    "Ranks",
     "StagedState",
     "StagingBuffers",
     "Tree",
     "TreePath",
     "address",
-    "all_gather",
     "atomic_file",
     "flatten",
     "free_name",
     "join",
     "move_aside",
-    "on_rank_zero",
     "read_outline",
     "read_parts",
     "read_tree",

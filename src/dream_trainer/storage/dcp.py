@@ -29,13 +29,14 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.tensor import DTensor
 
 from dream_trainer.errors import CheckpointError
-from dream_trainer.storage.collective import Group
+from dream_trainer.storage.collective import Ranks
 from dream_trainer.storage.tree import Tree, TreePath, join, merge, split
 
 #: ``like(path, size)`` gives the tensor whose device and sharding a read one should have, or
 #: None for a plain tensor in CPU memory.
 Like = Callable[[TreePath, torch.Size], Tensor | None]
 
+_ALONE = Ranks()
 _PLAIN = "__plain__"
 _RESERVED = re.compile(r"__plain__$|__rank_\d+__")
 _METADATA_CLASSES = {
@@ -72,28 +73,24 @@ def flatten(shared: Tree, local: Tree, *, rank: int = 0) -> dict[str, Tensor]:
 def write_tree(
     directory: Path,
     entries: Mapping[str, Tensor],
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    group: Group = None,
+    ranks: Ranks = _ALONE,
 ) -> list[Path]:
     """Write a checkpoint; every rank takes part.
 
     Args:
         directory: where to; on a file system that all ranks see.
         entries: what `flatten` gave, or copies of it.
-        rank: this rank.
-        world_size: how many ranks write.
-        group: the process group of those ranks.
+        ranks: who writes.
 
     Returns:
         The files that this rank wrote.
     """
     writer = dcp.FileSystemWriter(directory, sync_files=True)
     with _quiet():
-        dcp.save(dict(entries), storage_writer=writer, process_group=group, no_dist=world_size == 1)
-    mine = [*directory.glob(f"__{rank}_*.distcp")]
-    return [*mine, directory / ".metadata"] if rank == 0 else mine
+        alone = ranks.size == 1
+        dcp.save(dict(entries), storage_writer=writer, process_group=ranks.group, no_dist=alone)
+    mine = [*directory.glob(f"__{ranks.rank}_*.distcp")]
+    return [*mine, directory / ".metadata"] if ranks.rank == 0 else mine
 
 
 def read_tree(directory: Path, like: Like | None = None, *, rank: int = 0) -> tuple[Tree, Tree]:

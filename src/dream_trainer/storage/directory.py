@@ -17,21 +17,19 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from dream_trainer.errors import CheckpointError
 from dream_trainer.storage.atomic import fsync_directory
-from dream_trainer.storage.collective import Group, all_gather, on_rank_zero
+from dream_trainer.storage.collective import Ranks
 from dream_trainer.storage.dcp import write_tree
 from dream_trainer.storage.manifest import Manifest, checksums
 from dream_trainer.storage.staging import local_part
 
+_ALONE = Ranks()
 _PACKAGES = ("torch", "lightning", "dream-trainer")
 
 
 def save_directory(
     final: Path,
     entries: Mapping[str, Tensor],
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    group: Group = None,
+    ranks: Ranks = _ALONE,
     ready: Callable[[], object] = bool,
     **facts: Any,
 ) -> Manifest:
@@ -42,69 +40,70 @@ def save_directory(
     Args:
         final: the name of the directory once it is complete.
         entries: what `flatten` gave for this rank.
-        rank: this rank.
-        world_size: how many ranks write.
-        group: the process group of those ranks.
+        ranks: who writes.
         ready: returns, or raises, once the entries may be read.
         **facts: fields of the `Manifest`: step, epoch, monitor, monitored.
 
     Raises:
         CheckpointError: some rank failed; raised on every rank, and nothing is left behind.
     """
-
-    def begin() -> Path:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        return final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.tmp")
-
-    def agree(problem: str | None) -> None:
-        problems = enumerate(all_gather(problem, world_size, group))
-        if told := [f"rank {r}: {problem}" for r, problem in problems if problem]:
-            if rank == 0:
-                shutil.rmtree(beside, ignore_errors=True)
-            raise CheckpointError(str(final), told, "Older checkpoints are untouched.")
-
-    def commit() -> Manifest:
+    try:
+        beside = ranks.on_zero(lambda: _begin(final))
+        # Writing is collective: a rank that cannot begin says so before the others wait for it.
+        _agree(ranks, _refusal(beside, entries, ready), final, beside)
+        files, problem = _write(beside, entries, ranks)
+        # Every rank's part is complete before any rank calls the directory a checkpoint.
+        _agree(ranks, problem, final, beside)
+        parts = ranks.gather(files)
         manifest = Manifest(
             files={name: record for part in parts for name, record in part.items()},
-            world_size=world_size,
+            world_size=ranks.size,
             saved_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             versions={name: _installed(name) for name in _PACKAGES},
             **facts,
         )
-        try:
-            manifest.write(beside)
-            if final.exists():
-                move_aside(final, "superseded")
-            beside.rename(final)
-        except Exception:
-            shutil.rmtree(beside, ignore_errors=True)
-            raise
-        fsync_directory(final.parent)
-        return manifest
-
-    try:
-        beside = on_rank_zero(begin, rank, world_size, group)
-        # Writing is collective: a rank that cannot begin says so before the others wait for it.
-        agree(_refusal(beside, entries, ready))
-        files, problem = _write(beside, entries, rank, world_size, group)
-        # Every rank's part is complete before any rank calls the directory a checkpoint.
-        agree(problem)
-        parts = all_gather(files, world_size, group)
-        return on_rank_zero(commit, rank, world_size, group)
+        ranks.on_zero(lambda: _commit(beside, final, manifest))
     except CheckpointError:
         raise
     except Exception as error:
         raise CheckpointError(
             str(final), [f"{type(error).__name__}: {error}"], "Older checkpoints are untouched."
         ) from error
+    return manifest
+
+
+def _begin(final: Path) -> Path:
+    final.parent.mkdir(parents=True, exist_ok=True)
+    return final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def _agree(ranks: Ranks, problem: str | None, final: Path, beside: Path) -> None:
+    """Go on only if no rank has a problem."""
+    problems = [f"rank {r}: {one}" for r, one in enumerate(ranks.gather(problem)) if one]
+    if problems:
+        if ranks.rank == 0:
+            shutil.rmtree(beside, ignore_errors=True)
+        raise CheckpointError(str(final), problems, "Older checkpoints are untouched.")
+
+
+def _commit(beside: Path, final: Path, manifest: Manifest) -> None:
+    try:
+        manifest.write(beside)
+        if final.exists():
+            move_aside(final, "superseded")
+        beside.rename(final)
+    except Exception:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    fsync_directory(final.parent)
 
 
 def _write(
-    beside: Path, entries: Mapping[str, Tensor], rank: int, world_size: int, group: Group
+    beside: Path, entries: Mapping[str, Tensor], ranks: Ranks
 ) -> tuple[dict[str, dict[str, int]], str | None]:
     """This rank's files, or why there are none."""
     try:
-        written = write_tree(beside, entries, rank=rank, world_size=world_size, group=group)
+        written = write_tree(beside, entries, ranks)
         return checksums(written), None
     except (Exception, CheckpointException) as error:  # noqa: BLE001 - the others wait for it
         return {}, f"{_told(error)} ({_Space.of(beside, entries)})"

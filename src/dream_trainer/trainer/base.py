@@ -494,9 +494,10 @@ class BaseTrainer(AbstractTrainer):
         self.loop = FitLoop(self, train, val, self.window, self.clock)
 
     def release(self) -> None:
-        """Wait for the save under way, report it if it failed, and let others in."""
+        """Wait for the save under way, report it if it failed; end workers, let others in."""
         if self._is_prepared:
             self.checkpointer.report(wait=True)
+            self.loop.close()
             self.lock.release()
 
     def _restore(self, *, read_only: bool = True) -> None:
@@ -506,7 +507,7 @@ class BaseTrainer(AbstractTrainer):
             self._is_restored = True
 
     def _adopt(self, loader: Any, name: str) -> ResumableLoader:
-        return adopt_loader(loader, name, self.world, self.seed)
+        return adopt_loader(loader, name, self.world, self.seed, self.training_parameters)
 
     def _set_run_rng(self) -> None:
         """The streams of the first step depend on the seed, or on the checkpoint, alone."""

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import math
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from dream_trainer.configs import TrainingParameters
 from dream_trainer.data import ResumableLoader
 from dream_trainer.errors import ConfigError
 from dream_trainer.world import DreamWorld
 
+#: Loaders that a run cannot do without, if they are there.
+_OF_A_RUN = ("train_dataloader", "val_dataloader")
+#: What each resumable loader is used as; entries go with their loaders.
+_used_as: WeakKeyDictionary[ResumableLoader, str] = WeakKeyDictionary()
 
-def adopt_loader(loader: Any, name: str, world: DreamWorld, seed: int) -> ResumableLoader:
+
+def adopt_loader(
+    loader: Any,
+    name: str,
+    world: DreamWorld,
+    seed: int,
+    parameters: TrainingParameters | None = None,
+) -> ResumableLoader:
     """Make a loader resumable and tell it which rank this is. A collective.
 
     Args:
@@ -19,32 +31,88 @@ def adopt_loader(loader: Any, name: str, world: DreamWorld, seed: int) -> Resuma
         name: what the user calls it, for errors.
         world: the ranks.
         seed: fixes order and draws.
+        parameters: with a ``global_batch_size``, ``drop_last`` of the train loader drops what
+            does not fill a step.
 
     Raises:
-        ConfigError: ranks disagree on its length, or there is nothing to train on.
+        ConfigError: ranks disagree on its length or order, there is nothing to train on or to
+            validate with, or it is in use already.
     """
     adopted = loader if isinstance(loader, ResumableLoader) else ResumableLoader(loader)
+    samples_per_step = None
+    if parameters is not None and name == "train_dataloader":
+        samples_per_step = parameters.global_batch_size
+    _reserve(adopted, name)
     adopted.attach(
         seed=seed,
         rank=world.dp_rank,
         size=world.dp_size,
         any_rank=world.any if world.size > 1 else bool,
+        samples_per_step=samples_per_step,
     )
-    lengths = world.all_gather_object(adopted.num_batches)
-    if len(set(lengths)) > 1:
-        numbers = ", ".join(f"rank {r}: {n}" for r, n in enumerate(lengths))
+    _check_agreement(adopted, name, world)
+    if adopted.num_batches == 0 and name in _OF_A_RUN:
         raise ConfigError(
             name,
-            [f"the ranks have different numbers of batches ({numbers})"],
-            "Give every rank the same number, or use a map-style data set.",
-        )
-    if lengths[0] == 0 and name == "train_dataloader":
-        raise ConfigError(
-            name,
-            [f"it has no batches (batch_size {adopted.batch_size}, {world.dp_size} ranks)"],
-            "Use more samples, a smaller batch, or drop_last=False.",
+            [_why_empty(adopted, world, samples_per_step)],
+            "Use more samples, a smaller batch, or drop_last=False."
+            + (" None instead of a loader means no validation." if name.startswith("val") else ""),
         )
     return adopted
+
+
+def _reserve(loader: ResumableLoader, name: str) -> None:
+    """Refuse a second use: validation would rewind the position that training goes on from."""
+    # A loader that keeps its position itself has one, also behind two wrappers.
+    keeps_position = hasattr(loader.loader, "state_dict")
+    for other, use in _used_as.items():
+        is_same = other is loader or (keeps_position and other.loader is loader.loader)
+        if is_same and use != name and "train_dataloader" in (use, name):
+            raise ConfigError(
+                name,
+                [f"it is the same object as {use}, and one object has one position"],
+                "Make a loader for each; they may share the data set.",
+            )
+    _used_as[loader] = name
+
+
+def _check_agreement(loader: ResumableLoader, name: str, world: DreamWorld) -> None:
+    """Compare over the ranks what they must agree on, or they would wait for each other."""
+    mine = {
+        "numbers of batches": _claimed(loader),
+        "numbers of samples": loader.length,
+        "orders (checksums)": loader.order_checksum,
+    }
+    per_rank = world.all_gather_object(mine)
+    for what in mine:
+        values = [of_rank[what] for of_rank in per_rank]
+        if len(set(values)) > 1:
+            numbers = ", ".join(f"rank {r}: {n}" for r, n in enumerate(values))
+            is_order = what.startswith("orders")
+            raise ConfigError(
+                name,
+                [f"the ranks have different {what} ({numbers})"],
+                "Let the sampler give all samples, as with one rank; they are divided afterwards."
+                if is_order
+                else "Give every rank the same number, or use a map-style data set.",
+            )
+
+
+def _claimed(loader: ResumableLoader) -> int | None:
+    """Batches of an epoch, also from loaders whose word is not relied on elsewhere."""
+    if loader.num_batches is not None:
+        return loader.num_batches
+    try:
+        return len(loader.loader)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def _why_empty(loader: ResumableLoader, world: DreamWorld, samples_per_step: int | None) -> str:
+    why = f"batch_size {loader.batch_size}, {world.dp_size} ranks, {loader.length} samples"
+    if samples_per_step is not None:
+        why += f", global_batch_size {samples_per_step}"
+    return f"it has no batches ({why})"
 
 
 def count_training_steps(

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from dream_trainer.errors import ConfigError, StateError
-from dream_trainer.storage import on_rank_zero
 from dream_trainer.trainer.run_directory import record_config
 from dream_trainer.trainer.warm_start import load_weights
 
@@ -42,7 +41,8 @@ def restore(trainer: BaseTrainer, *, read_only: bool) -> None:
                 str(loaded.path),
                 error.problems,
                 "It is of another model, seed or data. Nothing was changed: put them back, choose "
-                "another experiment, or start from its weights with init_from.",
+                "another experiment, or start from its weights with init_from. Another seed or "
+                "length of the data can be allowed by name (checkpoint_parameters.allow_changed).",
             ) from error
         manifest = loaded.manifest
         trainer.world.print(
@@ -99,4 +99,4 @@ def _on_rank_zero(trainer: BaseTrainer, function: Callable[[], T]) -> T:
                 "Choose another root_dir, or checkpoint_parameters.enable=False.",
             ) from error
 
-    return on_rank_zero(guarded, trainer.world.rank, trainer.world.size)
+    return trainer.world.ranks.on_zero(guarded)

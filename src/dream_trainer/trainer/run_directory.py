@@ -54,6 +54,8 @@ def record_config(directory: Path, text: str) -> list[str]:
         Dotted names of what differs from the older one.
     """
     path = directory / "config.yaml"
+    for leftover in directory.glob(".config.yaml*.tmp"):
+        leftover.unlink()  # of a process that was killed here
     old = path.read_text(encoding="utf-8") if path.exists() else None
     if old == text:
         return []

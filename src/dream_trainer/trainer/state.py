@@ -77,7 +77,8 @@ def apply_state(trainer: BaseTrainer, state: Mapping[str, Any], strict: bool) ->
     if "train" in state.get("dataloaders", {}):
         try:
             # First, because it refuses other data; then nothing is loaded yet.
-            trainer.loop.train_loader.load_state_dict(state["dataloaders"]["train"])
+            allow = trainer.checkpoint_parameters.allow_changed
+            trainer.loop.train_loader.load_state_dict(state["dataloaders"]["train"], allow)
         except StateError as error:
             if strict:
                 raise

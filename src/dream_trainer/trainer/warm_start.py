@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dream_trainer.checkpointing.weight_names import match
 from dream_trainer.checkpointing.weights import open_weights, weights_path
 from dream_trainer.errors import ProblemsError, StateError
-from dream_trainer.storage import TreePath, on_rank_zero
+from dream_trainer.storage import TreePath
 from dream_trainer.trainer.components import Components
 from dream_trainer.world import DreamWorld
 from dream_trainer.world.component_state import clean_name
@@ -40,7 +40,7 @@ def load_weights(trainer: BaseTrainer, given: str) -> None:
         StateError: not everything fits, or without ``init_strict`` nothing does.
     """
     world, parameters = trainer.world, trainer.checkpoint_parameters
-    path = on_rank_zero(lambda: weights_path(Path(given)), world.rank, world.size)
+    path = world.ranks.on_zero(lambda: weights_path(Path(given)))
     rename = {
         str(old): new if new is None else str(new) for old, new in parameters.init_rename.items()
     }

@@ -26,9 +26,8 @@ from torch.optim import Optimizer
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.errors import ConfigError
 from dream_trainer.storage import (
-    Group,
+    Ranks,
     Tree,
-    all_gather,
     flatten,
     read_tree,
     save_directory,
@@ -74,7 +73,7 @@ class DreamWorld:
                 raise ConfigError("device_parameters", [str(error)]) from error
         self._fabric = fabric
         self._opened_group = False
-        self._background_group: Group = None
+        self._background_group: Any = None
 
     @classmethod
     def from_fabric(cls, fabric: Fabric) -> DreamWorld:
@@ -342,17 +341,22 @@ class DreamWorld:
 
     def all_gather_object(self, value: T) -> list[T]:
         """The value of every rank, in rank order. Any object that pickles."""
-        return all_gather(value, self.size)
+        return self.ranks.gather(value)
 
-    def background_group(self) -> Group:
-        """A process group of all ranks for collectives beside the training. None on one process.
+    @property
+    def ranks(self) -> Ranks:
+        """All ranks, for what works on files."""
+        return Ranks(self.rank, self.size)
 
-        Collectives of two threads on one group would meet each other's. Made by the first call,
+    def background_ranks(self) -> Ranks:
+        """All ranks, with a process group for collectives beside the training.
+
+        Collectives of two threads on one group would meet each other's. The first call makes it,
         a collective; on the CPU, where a writer's collectives take no turn on an accelerator.
         """
         if self.size > 1 and self._background_group is None:
             self._background_group = dist.new_group(backend="gloo")
-        return self._background_group
+        return Ranks(self.rank, self.size, self._background_group)
 
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` holds on any rank. One small collective."""
@@ -381,7 +385,7 @@ class DreamWorld:
             CheckpointError: writing failed on some rank.
         """
         entries = flatten(state, {}, rank=self.rank)
-        save_directory(Path(path), entries, rank=self.rank, world_size=self.size, step=0, epoch=0)
+        save_directory(Path(path), entries, self.ranks, step=0, epoch=0)
 
     def load(self, path: str | Path, state: Tree | None = None) -> Tree:
         """Read a checkpoint directory as plain data and tensors; nothing is applied.

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.configs.device import Size
 from dream_trainer.errors import ConfigError, StateError
-from dream_trainer.storage import flatten, read_tree, save_directory
+from dream_trainer.storage import Ranks, flatten, read_tree, save_directory
 from dream_trainer.world.component_state import (
     load_module_state,
     load_optimizer_state,
@@ -239,9 +239,8 @@ class MeshStrategy(ModelParallelStrategy):
                 content = {k: v for k, v in content.items() if filter[key](k, v)}
             tree[kind][key] = content
         target = Path(self.broadcast(str(path)))
-        rank, size = self.global_rank, self.world_size
-        entries = flatten(tree, {}, rank=rank)
-        save_directory(target, entries, rank=rank, world_size=size, step=0, epoch=0)
+        ranks = Ranks(self.global_rank, self.world_size)
+        save_directory(target, flatten(tree, {}, rank=ranks.rank), ranks, step=0, epoch=0)
 
     def load_checkpoint(
         self,
