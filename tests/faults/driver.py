@@ -13,6 +13,7 @@ import pickle
 import random
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,6 +55,7 @@ class Processes:
         sys.stdout.flush()
         sys.stderr.flush()
         port = free_port()
+        self._stacks = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the processes
         # Ends when the last of the others does: rank 0 carries the store and leaves last.
         others = os.pipe()
         self._processes: list[psutil.Process] = []
@@ -62,6 +64,7 @@ class Processes:
             pid = os.fork()
             if pid == 0:
                 os.close(others[0] if rank else others[1])
+                faulthandler.enable(self._stacks)
                 _child(function, arguments, environment, None if rank else others[0])
             self._processes.append(psutil.Process(pid))
         for end in others:
@@ -71,18 +74,28 @@ class Processes:
         """Exit codes by rank, negative for the signal that ended one.
 
         Raises:
-            AssertionError: somebody hangs; what its threads are doing is on stderr.
+            AssertionError: somebody hangs; with the stacks of its threads and loader workers.
         """
         try:
             _, alive = psutil.wait_procs(self._processes, SECONDS)
-            for process in alive:
-                process.send_signal(signal.SIGABRT)  # faulthandler prints the stacks
-            psutil.wait_procs(alive, 5)
             hanging = [rank for rank, p in enumerate(self._processes) if p in alive]
-            assert not hanging, f"ranks {hanging} hang; their stacks are on stderr"
+            assert not hanging, f"ranks {hanging} hang\n{self._stacks_of(alive)}"
             return [int(process.wait()) for process in self._processes]
         finally:
             self.kill()
+            self._stacks.close()
+
+    def _stacks_of(self, processes: list[psutil.Process]) -> str:
+        for process in processes:
+            # One after the other, or their lines would mix; faulthandler writes them.
+            for one in (*process.children(recursive=True), process):
+                self._stacks.write(f"\n{one}\n")
+                self._stacks.flush()
+                one.send_signal(signal.SIGABRT)
+                psutil.wait_procs([one], 5)
+                self._stacks.seek(0, os.SEEK_END)
+        self._stacks.seek(0)
+        return self._stacks.read()
 
     def kill(self, rank: int | None = None) -> None:
         """SIGKILL to one rank, or to everything that any of them has left behind."""
@@ -106,7 +119,6 @@ def _child(
     try:
         os.setpgid(0, 0)
         signal.alarm(2 * SECONDS)  # whatever happens to the parent
-        faulthandler.enable(file=2)
         os.environ.update(environment)
         torch.set_num_threads(1)
         function(*arguments)

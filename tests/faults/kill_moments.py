@@ -11,6 +11,9 @@ process of that rank (0 if it is left out, ``*`` for every rank). NAME is one of
     stalled-save            as in-save, but that thread stands still for a while before the kill,
                             so that the training gets as far ahead of it as it can
     file                    file:120      right before the N-th change of a file of the run
+
+The last four are reached a little more or less often from run to run, since threads take turns; a
+run with fewer than N is killed at its end.
 """
 
 from __future__ import annotations
@@ -72,10 +75,14 @@ class Trigger:
         number: counted from 1.
         report: file that is told where the process was when it was killed.
         stall: seconds that the thread of the event stands still before the kill.
+        strikes_at_end: kill a run that ends before there were so many.
     """
 
-    def __init__(self, number: int, report: Path, stall: float = 0.0) -> None:
-        self._number, self._report, self._stall = number, report, stall
+    def __init__(
+        self, number: int, report: Path, stall: float = 0.0, strikes_at_end: bool = False
+    ) -> None:
+        self._number, self._report = number, report
+        self._stall, self._strikes_at_end = stall, strikes_at_end
         self._events = itertools.count(1)  # its next() is one step for all threads
         self._pid = os.getpid()
         self.marks: list[int] = []
@@ -93,8 +100,16 @@ class Trigger:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def mark(self) -> None:
-        """Remember how many events there have been; this is one itself."""
+        """An event whose number is remembered."""
         self.marks.append(next(self._events))
+        if self.marks[-1] == self._number and os.getpid() == self._pid:
+            self.strike()
+
+    def end(self) -> None:
+        """The run is over: the last mark, and the last chance to strike."""
+        self.mark()
+        if self._strikes_at_end and self._number:
+            self.strike()
 
 
 def arm(moment: str, run_directory: Path, report: Path) -> tuple[Trigger, dict[str, Callback]]:
@@ -106,7 +121,8 @@ def arm(moment: str, run_directory: Path, report: Path) -> tuple[Trigger, dict[s
     name, number, rank = [*moment.split(":"), "0"][:3]
     is_mine = rank in ("*", os.environ.get("RANK", "0"))
     stall = _STALL_SECONDS if name == "stalled-save" else 0.0
-    trigger = Trigger(int(number) if is_mine else 0, report, stall)
+    is_counted = name in INSIDE or name == "file"
+    trigger = Trigger(int(number) if is_mine else 0, report, stall, strikes_at_end=is_counted)
     if name in HOOKS:
         hook = {name: lambda *_: trigger.event()}
         return trigger, {"kills": type("Kills", (Callback,), hook)()}

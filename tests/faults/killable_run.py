@@ -118,7 +118,7 @@ def run(
     )
     trainer.fit()
     if trigger is not None:
-        trigger.mark()
+        trigger.end()
         marks = root / f"{experiment}.marks-{trainer.world.rank}"
         marks.write_text("\n".join(map(str, trigger.marks)))
     end = root / f"{experiment}.end-{trainer.world.rank}"
