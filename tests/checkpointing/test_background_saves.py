@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 import threading
@@ -227,6 +228,28 @@ def test_one_save_at_a_time(script: Script, monkeypatch: pytest.MonkeyPatch) -> 
     script.checkpointer.wait()
     assert seen == [1, 1, 1, 1]
     assert script.checkpointer.store.paths() == paths
+
+
+def test_a_fork_waits_for_the_writer(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Locks that the writer holds would stay locked in the child."""
+    directory = sys.modules["dream_trainer.storage.directory"]
+    original, forked = directory.write_tree, threading.Event()
+    order: list[str] = []
+
+    def write_tree(*args: Any, **kwargs: Any) -> Any:
+        forked.wait(0.2)  # time enough to fork, if nothing waits
+        order.append("written")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(directory, "write_tree", write_tree)
+    script.save()
+    if (pid := os.fork()) == 0:
+        os._exit(0)
+    order.append("forked")
+    forked.set()
+    os.waitpid(pid, 0)
+    script.checkpointer.wait()
+    assert order == ["written", "forked"]
 
 
 def test_a_save_that_failed_is_reported_and_the_next_one_is_made(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -14,6 +16,21 @@ from torch.optim import Optimizer
 
 from dream_trainer.errors import CheckpointError
 from dream_trainer.storage import StagedState, address
+
+_under_way: WeakSet[BackgroundSave] = WeakSet()
+
+
+def _wait_before_fork() -> None:
+    """A fork copies locks that the writer holds, and nobody who would let go of them.
+
+    A loader's worker that needs one would wait for ever.
+    """
+    for save in list(_under_way):
+        save.join()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_wait_before_fork)
 
 
 class BackgroundSave:
@@ -40,6 +57,7 @@ class BackgroundSave:
         # No daemon: a program that ends, ends after its last checkpoint.
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=False)
         self._thread.start()
+        _under_way.add(self)
         # A program that ends without asking must not end as if it were saved.
         atexit.register(self._tell)
         # After the start: if that fails, a step must not wait for a thread that never was.
@@ -55,11 +73,16 @@ class BackgroundSave:
         """Whether it failed because the state changed while it was copied."""
         return self._staged.is_torn
 
+    def join(self) -> None:
+        """Return when it is done; the next step still waits for its copy, which is then there."""
+        self._thread.join()
+        _under_way.discard(self)
+
     def finish(self) -> None:
-        """Return when it is done."""
+        """Return when it is done, and leave nothing behind."""
         atexit.unregister(self._tell)
         self._staged.release()
-        self._thread.join()
+        self.join()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
