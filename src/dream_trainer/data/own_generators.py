@@ -18,7 +18,8 @@ from dream_trainer.randomness import derive
 OwnGenerator: TypeAlias = (
     random.Random | np.random.Generator | np.random.RandomState | torch.Generator
 )
-_KINDS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+#: The kinds of generators that are known.
+GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 _GLOBAL = (
     random.random.__self__,  # type: ignore[attr-defined]
     np.random.rand.__self__,  # type: ignore[attr-defined]
@@ -48,7 +49,7 @@ def reachable(*owners: Any, apart: tuple[type, ...] = ()) -> Iterator[Any]:
             continue
         seen[id(thing)] = thing
         yield thing
-        if not isinstance(thing, (*_KINDS, *apart)):
+        if not isinstance(thing, (*GENERATORS, *apart)):
             queue.extend(_parts(thing))
 
 
@@ -57,7 +58,7 @@ def own_generators(*owners: Any, apart: tuple[type, ...] = ()) -> list[OwnGenera
     return [
         thing
         for thing in reachable(*owners, apart=apart)
-        if isinstance(thing, _KINDS)
+        if isinstance(thing, GENERATORS)
         and not isinstance(thing, random.SystemRandom)
         and not any(thing is one for one in _GLOBAL)
     ]
@@ -80,7 +81,7 @@ def seed_generators(generators: Sequence[OwnGenerator], seed: int) -> None:
 @contextmanager
 def preserved_generators(generators: Sequence[OwnGenerator]) -> Iterator[None]:
     """Leave generators after the block as they were before it."""
-    states = [_state(generator) for generator in generators]
+    states = [generator_state(generator) for generator in generators]
     try:
         yield
     finally:
@@ -104,7 +105,8 @@ def _seed_bits(bits: Any, seed: int) -> None:
     }
 
 
-def _state(generator: OwnGenerator) -> Any:
+def generator_state(generator: OwnGenerator) -> Any:
+    """Its state, in its own form."""
     if isinstance(generator, torch.Generator):
         return generator.get_state()
     if isinstance(generator, np.random.Generator):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import random
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,10 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dream_trainer.callbacks import Callback
+from dream_trainer.data.own_generators import GENERATORS, generator_state
 from dream_trainer.trainer.abstract import AbstractTrainer
 
-#: Random generators that an object can keep to itself.
-GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _SCALARS = (bool, int, float, complex, str, bytes, type(None), Enum, PurePath, torch.dtype)
 _SEQUENCES = (list, tuple, deque)
 # A reference back to the trainer would make everything an attribute of everything; data sets
@@ -146,7 +144,7 @@ def _feed(hasher: Any, value: Any, home: str | None, depth: int) -> None:
         hasher.update(f"array {array.dtype} {array.shape} ".encode())
         hasher.update(np.ascontiguousarray(array).tobytes())
     elif isinstance(value, GENERATORS):
-        _feed(hasher, _generator_state(value), home, depth)
+        _feed(hasher, generator_state(value), home, depth)
     elif isinstance(value, (*_SCALARS, itertools.count)):
         text = repr(value)
         hasher.update(f"{type(value).__name__} {len(text)} {text} ".encode())
@@ -196,16 +194,6 @@ def _feed_tensor(hasher: Any, tensor: Tensor) -> None:
     flat = tensor.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     if flat.numel():
         hasher.update(flat.view(torch.uint8).numpy().data)
-
-
-def _generator_state(generator: Any) -> Any:
-    if isinstance(generator, torch.Generator):
-        return generator.get_state()
-    if isinstance(generator, np.random.Generator):
-        return generator.bit_generator.state
-    if isinstance(generator, np.random.RandomState):
-        return generator.get_state(legacy=False)
-    return generator.getstate()
 
 
 def _is_at_home(value: Any, home: str | None) -> bool:
