@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from dream_trainer.callbacks import Callback, MetricLogger
-from dream_trainer.verification.digests import GENERATORS, Leaf, leaf, leaves
+from dream_trainer.data.own_generators import GENERATORS
+from dream_trainer.verification.digests import Leaf, leaf, leaves
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
