@@ -73,7 +73,8 @@ def faults(session: nox.Session) -> None:
     """Kill runs at every step and at random instants (ten minutes); FAULTS_SEED repeats a draw."""
     seed = os.environ.get("FAULTS_SEED") or str(random.randrange(1_000_000))
     session.log(f"FAULTS_SEED={seed}")
-    command = ["python", "-m", "pytest", "-v", "-m", "", "tests/faults", *session.posargs]
+    command = ["python", "-m", "pytest", "-v", "-n", "auto", "--dist", "worksteal", "-m", ""]
+    command += ["tests/faults", *session.posargs]
     run_in_dev(session, *command, OMP_NUM_THREADS="1", FAULTS_SEED=seed)
 
 

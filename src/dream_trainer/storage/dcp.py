@@ -37,9 +37,6 @@ from dream_trainer.storage.tree import Tree, TreePath, join, merge, split
 Like = Callable[[TreePath, torch.Size], Tensor | None]
 
 _ONE_PROCESS = "torch.distributed is disabled"  # is meant; torch warns at every call
-# For writing once and for all: a filter that the writer's thread sets and takes away would meet
-# those of the training's thread.
-warnings.filterwarnings("ignore", message=_ONE_PROCESS)
 _ALONE = Ranks()
 _PLAIN = "__plain__"
 _RESERVED = re.compile(r"__plain__$|__rank_\d+__")
@@ -90,10 +87,27 @@ def write_tree(
         The files that this rank wrote.
     """
     writer = dcp.FileSystemWriter(directory, sync_files=True)
-    alone = ranks.size == 1
-    dcp.save(dict(entries), storage_writer=writer, process_group=ranks.group, no_dist=alone)
+    if ranks.size == 1:
+        _write_alone(dict(entries), writer)
+    else:
+        dcp.save(dict(entries), storage_writer=writer, process_group=ranks.group)
     mine = [*directory.glob(f"__{ranks.rank}_*.distcp")]
     return [*mine, directory / ".metadata"] if ranks.rank == 0 else mine
+
+
+def _write_alone(entries: dict[str, Any], writer: dcp.FileSystemWriter) -> None:
+    """What ``dcp.save`` does, without its warning that no other process takes part.
+
+    To filter it in the writer's thread would meet the filters of the training's thread.
+    """
+    planner = dcp.DefaultSavePlanner()
+    planner.set_up_planner(entries, writer.storage_meta(), is_coordinator=True)
+    writer.set_up_storage_writer(is_coordinator=True)
+    local = writer.prepare_local_plan(planner.create_local_plan())
+    plans, metadata = planner.create_global_plan([local])
+    plan = planner.finish_plan(writer.prepare_global_plan(plans)[0])
+    results = writer.write_data(plan, planner).wait()
+    writer.finish(metadata, [results])
 
 
 def read_tree(directory: Path, like: Like | None = None, *, rank: int = 0) -> tuple[Tree, Tree]:

@@ -136,7 +136,9 @@ def state_of_run(trainer: BaseTrainer) -> Leaves:
     """The leaves of ``trainer.state_dict()``, without clocks and without the log's length."""
     loggers = [n for n in trainer.callbacks if isinstance(trainer.callbacks[n], MetricLogger)]
     # The log is compared line by line, where a value that is a time can be told apart.
-    skipped = {*_CLOCKS, *(f"callbacks.{name}.size" for name in loggers)}
+    logs = {f"callbacks.{name}.{key}" for name in loggers for key in ("size", "crc32")}
+    # Where a run ends is told as such, and why it was stopped may be any text.
+    skipped = {*_CLOCKS, *logs, "trainer.stop_reason"}
     return {k: v for k, v in leaves(trainer.state_dict()).items() if k not in skipped}
 
 
