@@ -92,7 +92,9 @@ def _check_arguments(target: Path, model: str | None, whole_state: bool, overwri
     if whole_state and model is not None:
         problems.append("whole_state: it is that of all models; leave out model")
     if target.is_dir() or (target.exists() and not overwrite):
-        problems.append("is there already; choose another name, or overwrite it (overwrite=True, --overwrite)")
+        problems.append(
+            "is there already; choose another name, or overwrite it (overwrite=True, --overwrite)"
+        )
     if problems:
         raise ConfigError(str(target), problems)
 
