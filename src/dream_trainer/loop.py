@@ -57,6 +57,7 @@ class FitLoop:
         self.interruption = Interruption(trainer.world)
         self._clock = clock
         self._last_time = 0.0
+        self.is_evaluating = False
 
     def run(self) -> None:
         """Train until a limit is reached or `stop` was called.
@@ -280,10 +281,12 @@ class FitLoop:
         trainer.metrics.reset(phase)
         # Left among the step's, they would be written with the next one, and lost by a restart.
         logged, trainer.logged = trainer.logged, LoggedValues()
+        self.is_evaluating = True
         try:
             with torch.no_grad():
                 yield
         finally:
+            self.is_evaluating = False
             trainer.logged = logged
             for part, mode in zip(modules, modes, strict=True):
                 part.training = mode

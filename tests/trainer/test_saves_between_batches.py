@@ -98,6 +98,14 @@ def test_every_save_leads_to_the_same_end(tmp_path: Path, hook: str) -> None:
         assert recording.calls[:calls_before] + after == recording.calls, number
 
 
+def test_a_save_between_the_batches_of_a_validation_is_refused(tmp_path: Path) -> None:
+    """Streams and modes are the validation's there; a resumed run would train with them."""
+    saves = SavesIn("post_validation_step", tmp_path / "kept", RecordingCallback())
+    with pytest.raises(RuntimeError, match="between the batches of a validation"):
+        run(tmp_path, "refused", {"saves": saves})
+    assert not (tmp_path / "kept").exists()
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("layout", ["ddp", "fsdp", "fsdp in bf16"])
 def test_on_ranks_too(tmp_path: Path, layout: str) -> None:

@@ -418,7 +418,7 @@ class BaseTrainer(AbstractTrainer):
         metrics log that are pending are written first.
 
         Raises:
-            RuntimeError: inside ``training_step``.
+            RuntimeError: inside ``training_step``, or between the batches of a validation.
             NonFiniteError: a pending loss or gradient norm is not finite.
         """
         self.prepare()

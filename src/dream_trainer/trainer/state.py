@@ -38,6 +38,11 @@ def gather_state(trainer: BaseTrainer) -> dict[str, Any]:
             "the state cannot be taken inside a training step: the batch would count as trained "
             "on. Take it in post_train_step, or better in on_boundary."
         )
+    if trainer.loop.is_evaluating:
+        raise RuntimeError(
+            "the state cannot be taken between the batches of a validation: streams and modes are "
+            "those of the validation. Take it in post_validation_epoch, or better in on_boundary."
+        )
     for name in trainer.callbacks:
         if isinstance(callback := trainer.callbacks[name], MetricLogger):
             callback.collect(trainer)
