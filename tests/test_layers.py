@@ -21,7 +21,7 @@ LAYERS = (
     ("trainer.abstract",),  # and every other part that the trainers are made of
     ("loop",),
     ("callbacks",),
-    ("loggers", "checkpointing", "data", "interruption"),
+    ("loggers", "checkpointing", "data", "coordination"),
     ("world",),
     ("storage",),
     ("configs", "progress", "accumulation", "metrics", "randomness"),

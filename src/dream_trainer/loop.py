@@ -23,7 +23,6 @@ import torch
 from dream_trainer.accumulation import AccumulationWindow
 from dream_trainer.data import ResumableLoader
 from dream_trainer.errors import ConfigError
-from dream_trainer.interruption import Interruption
 from dream_trainer.metrics import LoggedValues, merge_ranks, observation, totals
 from dream_trainer.randomness import derive, rng_state, seed_everything, set_rng_state
 
@@ -54,7 +53,6 @@ class FitLoop:
         self.train_loader = train_loader
         self.val_loader = val_loader
         self.window = window
-        self.interruption = Interruption(trainer.world)
         self._clock = clock
         self._last_time = 0.0
         self.is_evaluating = False
@@ -63,18 +61,38 @@ class FitLoop:
         """Train until a limit is reached or `stop` was called.
 
         Raises:
-            Interrupted: after a batch, if Ctrl-C or SIGTERM asked for it.
+            Interrupted: after a batch, if Ctrl-C asked for it.
+            Preempted: after a batch, if a scheduler's signal asked for it.
         """
         self._last_time = self._clock()
-        with self.interruption:
-            if self.trainer.progress.is_step_open:
-                self.finish_step()  # the checkpoint lies between a step and its validation
-            while not self.is_done or self._has_epoch_to_finish:
-                self.train_epoch()
-                if not self.trainer.progress.train_epoch_finished:
-                    return  # stopped inside the epoch; a later run goes on from there
-                self.finish_epoch()
-                self.interruption.check()
+        self.check()
+        if self.trainer.progress.is_step_open:
+            self.finish_step()  # the checkpoint lies between a step and its validation
+        while not self.is_done or self._has_epoch_to_finish:
+            self.train_epoch()
+            if not self.trainer.progress.train_epoch_finished:
+                return  # stopped inside the epoch; a later run goes on from there
+            self.finish_epoch()
+            self.check()
+
+    def check(self) -> None:
+        """A place where the run may end; every rank comes through the same ones.
+
+        Raises:
+            Interrupted: Ctrl-C asked for it.
+            Preempted: a scheduler's signal asked for it.
+        """
+        self.trainer.interruption.check()
+        self._take_stop()
+
+    def _settle(self) -> None:
+        """A place where `stop` takes effect, and no signal does."""
+        self.trainer.interruption.settle()
+        self._take_stop()
+
+    def _take_stop(self) -> None:
+        if (reason := self.trainer.interruption.stop_reason) is not None:
+            self.trainer.stop_reason = reason
 
     @property
     def is_done(self) -> bool:
@@ -117,16 +135,18 @@ class FitLoop:
         """
         # Closed here, or an error's traceback would keep the loader's workers alive.
         with closing(iter(self.train_loader)) as batches:
+            self.trainer.place.enter("loader")
             for batch in batches:
                 is_window_end = self.train_step(self.trainer.world.to_device(batch))
+                self.check()
                 if is_window_end:
                     self.finish_step()
-                self.interruption.check()
-                if is_window_end:
+                    self.check()
                     if not self._epoch_has_steps_left:
                         return True
                     if self.is_done:
                         return self.trainer.progress.last_batch_finished
+                self.trainer.place.enter("loader")
         if not self.trainer.progress.num_batches_in_epoch:
             # Epochs without batches would follow each other for ever.
             raise RuntimeError(
@@ -152,6 +172,8 @@ class FitLoop:
         """
         trainer, progress, loader = self.trainer, self.trainer.progress, self.train_loader
         batch_idx = progress.num_batches_in_epoch
+        trainer.place.count(progress.num_steps, progress.epoch, batch_idx)
+        trainer.place.enter("training_step")
         self.window.start_batch(loader)
         trainer.callbacks.pre_train_step(trainer, batch, batch_idx)
         is_filler, logged = loader.num_samples == 0, trainer.logged
@@ -174,7 +196,9 @@ class FitLoop:
         """After a window: validation if due, then the moment to save."""
         self._count_seconds()
         self.validate_if_due()
+        self.check()
         self.trainer.progress.close_step()
+        self.trainer.place.enter("save")
         self.trainer.callbacks.on_boundary(self.trainer)
         self.trainer.logged.take()  # if nobody else did
 
@@ -185,11 +209,14 @@ class FitLoop:
         is_due = every is not None and (progress.epoch + 1) % every == 0
         if is_due and progress.last_validation_step != progress.num_steps:
             self.validate()
+            self.check()
         if not progress.is_epoch_closing:
             progress.close_epoch()
             trainer.callbacks.post_epoch(trainer)
+        self._settle()
         progress.finish_epoch()
         self._count_seconds()
+        trainer.place.enter("save")
         trainer.callbacks.on_boundary(trainer)
 
     def validate_if_due(self) -> None:
@@ -233,6 +260,7 @@ class FitLoop:
         """
         trainer = self.trainer
         loader.rewind()
+        trainer.place.enter("validation")
         with self._evaluating(phase), closing(iter(loader)) as batches:
             values = trainer.logged
             for batch_idx, batch in enumerate(itertools.islice(batches, limit)):
@@ -247,6 +275,8 @@ class FitLoop:
                 if phase == "val":
                     trainer.callbacks.post_validation_step(trainer, result, batch, batch_idx)
                 values.add(*observation(result, loader.num_samples), prefix=f"{phase}/")
+                if phase != "sanity":
+                    self.check()
             parts = trainer.world.all_gather_object(totals([values.take()])[0])
             means, metrics = merge_ranks(parts), trainer.metrics.compute(phase)
             if both := means.keys() & metrics.keys():

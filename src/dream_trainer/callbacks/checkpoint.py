@@ -22,6 +22,7 @@ class _Place(NamedTuple):
     epoch: int
     in_epoch: bool
     last_validation_step: int
+    stop_reason: str | None
 
 
 class CheckpointCallback(Callback):
@@ -130,5 +131,5 @@ class CheckpointCallback(Callback):
         self._is_saved = True
 
     def _place(self, trainer: BaseTrainer) -> _Place:
-        progress = trainer.progress
-        return _Place(**{name: getattr(progress, name) for name in _Place._fields})
+        own = vars(trainer.progress) | {"stop_reason": trainer.stop_reason}
+        return _Place(**{name: own[name] for name in _Place._fields})

@@ -61,6 +61,9 @@ class DeviceParameters:
     """Keep sharded parameters and optimizer state in CPU memory; needs ``dp_shard``."""
     timeout_seconds: float = 600.0
     """How long a collective waits for the other ranks, in seconds, before it fails."""
+    failure_timeout_seconds: float = 20.0
+    """Seconds without a sign of life after which a rank counts as failed; a few seconds later
+    all ranks have ended. Raise it if a rank can be busy in one call of Python for longer."""
 
     def __post_init__(self) -> None:
         problems = [
@@ -82,6 +85,10 @@ class DeviceParameters:
             )
         if not self.timeout_seconds > 0:
             problems.append(f"timeout_seconds={self.timeout_seconds} is not above 0")
+        if not self.failure_timeout_seconds >= 1:
+            problems.append(
+                f"failure_timeout_seconds={self.failure_timeout_seconds} is not 1 or more"
+            )
         if self.strategy is not None and (self.dp_shard != 1 or self.tensor_parallel != 1):
             problems.append(
                 f"strategy={self.strategy!r} goes with dp_shard=1 and tensor_parallel=1: "

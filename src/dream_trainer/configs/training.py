@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import signal
+from dataclasses import dataclass, field
 from typing import Literal
 
 from dream_trainer.errors import ConfigError
@@ -59,6 +60,11 @@ class TrainingParameters:
     """What a NaN or infinity in loss, gradient norm, parameters or optimizer state does."""
     deterministic: bool = False
     """Ask torch for deterministic kernels; ops that have none raise."""
+    preemption_signals: list[str] = field(default_factory=lambda: ["SIGTERM", "SIGUSR1"])
+    """Signals by which a scheduler ends the run: it saves and exits with status 143."""
+    grace_seconds: float | None = None
+    """Seconds from such a signal to the end of the process, finished or not; None is no limit.
+    Set it a little below the time after which the scheduler kills."""
     detect_anomaly: bool = False
     """Name the forward op behind a NaN in backward. Slow."""
 
@@ -75,6 +81,13 @@ class TrainingParameters:
             problems.append(f"max_time={self.max_time} is not above 0 seconds")
         if self.gradient_clip_val is not None and not self.gradient_clip_val > 0:
             problems.append(f"gradient_clip_val={self.gradient_clip_val} is not above 0")
+        problems += [
+            f"preemption_signals: {name!r} is no signal that can be caught"
+            for name in self.preemption_signals
+            if name in ("SIGINT", "SIGKILL", "SIGSTOP") or not hasattr(signal.Signals, str(name))
+        ]
+        if self.grace_seconds is not None and not self.grace_seconds > 0:
+            problems.append(f"grace_seconds={self.grace_seconds} is not above 0")
         if self.on_nonfinite != "raise":
             problems.append(f"on_nonfinite={self.on_nonfinite!r} is not 'raise'")
         if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:

@@ -25,6 +25,7 @@ from dream_trainer.callbacks import (
 )
 from dream_trainer.checkpointing import Checkpointer
 from dream_trainer.configs import CheckpointParameters, TrainingParameters
+from dream_trainer.coordination import Interruption, Place, RankWatch, StopAgreement
 from dream_trainer.data import ResumableLoader
 from dream_trainer.errors import (
     ConfigError,
@@ -107,8 +108,12 @@ class BaseTrainer(AbstractTrainer):
         callbacks: all callbacks, by name.
         loggers: loggers beside the JSONL log, by name.
         metrics: torchmetrics by phase.
+        place: what this rank is doing, for messages of failures.
+        interruption: where requests to stop come together.
+        watch: the eye on the other ranks.
         window: the accumulation window under way.
         logged: values logged since the last step.
+        is_running: whether `fit`, `validate`, `test` or `predict` is under way.
         is_fitting: whether `fit` is under way.
         is_resumed: whether the run continues from a checkpoint.
         is_interrupted_between_batches: in ``on_interrupt``, whether the state is whole.
@@ -138,8 +143,20 @@ class BaseTrainer(AbstractTrainer):
         }
         self.metrics = MetricPhases(self)
         self.logged = LoggedValues()
-        self.is_fitting = self.is_resumed = self.is_interrupted_between_batches = False
+        self.is_running = self.is_fitting = self.is_resumed = False
+        self.is_interrupted_between_batches = False
         self.stop_reason: str | None = None
+        self.place = Place()
+        agreement = StopAgreement(lambda: self.watch.require_all())
+        self.watch = RankWatch(
+            self.world, self.place, agreement, config.device_parameters.failure_timeout_seconds
+        )
+        self.interruption = Interruption(
+            agreement,
+            self.training_parameters.preemption_signals,
+            self.training_parameters.grace_seconds,
+            is_pointless=self.watch.look_now,
+        )
         self.validation_results: Mapping[str, float] = {}
         self.describe_config: Callable[[Any], str] = config_yaml
         self._is_prepared = self._is_restored = False
@@ -267,7 +284,10 @@ class BaseTrainer(AbstractTrainer):
                 f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             )
             raise TypeError(f"the loss is a tensor with one element, got {found}; call .mean()")
+        place = self.place
+        place.enter("backward")
         self.world.backward(self.window.scaled(loss, weight))
+        place.enter("training_step")
 
     def step(self, optimizer: Optimizer | str | None = None) -> Tensor | None:
         """Clip, step, zero the gradients, and step the optimizer's scheduler.
@@ -285,6 +305,7 @@ class BaseTrainer(AbstractTrainer):
         if self.window.is_accumulating:
             return None
         name, optimizer = self._named(optimizer)
+        self.place.enter("optimizer step")
         factor = self.window.gradient_factor(self.world.device)
         if factor is not None and (grads := gradients([optimizer])):
             if isinstance(factor, Tensor):
@@ -302,6 +323,7 @@ class BaseTrainer(AbstractTrainer):
         if self.window.count_step(name):
             self.progress.finish_step()
         self.callbacks.post_optimizer_step(self, optimizer)
+        self.place.enter("training_step")
         return norm
 
     def log(self, name: str, value: Value) -> None:
@@ -313,8 +335,14 @@ class BaseTrainer(AbstractTrainer):
         self.logged.add(values)
 
     def stop(self, reason: str) -> None:
-        """End the run after the step under way. Call it on every rank."""
-        self.stop_reason = reason
+        """End the run after the step under way, or, on several ranks, after one they agree on.
+
+        One rank is enough. If all call it at the same place, that step is the last one.
+        """
+        if self.is_fitting and self.world.size > 1:
+            self.interruption.stop(reason)
+        else:
+            self.stop_reason = reason
 
     def clock(self) -> float:
         """Seconds from any start, for ``max_time``; a test may override it."""
@@ -327,6 +355,7 @@ class BaseTrainer(AbstractTrainer):
             CheckpointError: writing failed; nothing is left behind.
             NonFiniteError: something in the state is not finite.
         """
+        self.place.enter("save")
         state = self.checked_state_dict()
         self.checkpointer.write(path, state, step=self.global_step, epoch=self.current_epoch)
 
@@ -459,6 +488,9 @@ class BaseTrainer(AbstractTrainer):
         callbacks = self.callbacks
         callbacks.pre_launch(self)
         self.world.launch()
+        if self.is_running:
+            self.watch.join()
+        self.place.enter("configure")
         # A copy: another trainer with the same configuration gets a seed and a name of its own.
         self.config = config = copy.copy(self.config)
         # Drawn or named on rank 0: on its own each rank would come up with another.
@@ -470,6 +502,7 @@ class BaseTrainer(AbstractTrainer):
         callbacks.pre_configure(self)
         self.configure()
         callbacks.post_configure(self)
+        self.place.enter("setup")
         callbacks.pre_setup(self)
         self.setup()
         self._bind()
@@ -513,6 +546,7 @@ class BaseTrainer(AbstractTrainer):
     def _restore(self, *, read_only: bool = True) -> None:
         """Once: continue from a checkpoint, if there is one."""
         if not self._is_restored:
+            self.place.enter("restore")
             restore(self, read_only=read_only)
             self._is_restored = True
 

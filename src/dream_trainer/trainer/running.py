@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dream_trainer.interruption import Interrupted
+from dream_trainer.coordination import Interrupted, Preempted, RankFailedError
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
@@ -21,33 +21,46 @@ def running(trainer: BaseTrainer) -> Iterator[None]:
     """Run a block of a trainer; however it ends, nothing stays open.
 
     An exception reaches the caller as it was raised, after ``on_exception`` (``on_interrupt`` for
-    Ctrl-C), with loggers closed and the process group left.
+    Ctrl-C and a scheduler's signal), with loggers closed and the process group left.
+
+    Raises:
+        RankFailedError: another rank failed, and this one could not go on without it.
     """
-    parameters = trainer.training_parameters
+    parameters, world, watch = trainer.training_parameters, trainer.world, trainer.watch
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(parameters.deterministic or was_deterministic)
-    status = "failed"
+    status, trainer.is_running = "failed", True
     try:
-        with torch.autograd.set_detect_anomaly(parameters.detect_anomaly):
-            yield
-        status = "success"
-    except KeyboardInterrupt as interrupt:
-        trainer.is_interrupted_between_batches = isinstance(interrupt, Interrupted)
-        _guarded(trainer.callbacks.on_interrupt, trainer)
-        raise
-    except BaseException as error:
-        _guarded(trainer.callbacks.on_exception, trainer, error)
-        raise
+        with trainer.interruption, torch.autograd.set_detect_anomaly(parameters.detect_anomaly):
+            try:
+                if world.is_launched:
+                    watch.join()
+                yield
+                status = "success"
+            except (KeyboardInterrupt, Preempted) as interrupt:
+                is_between = isinstance(interrupt, (Interrupted, Preempted))
+                trainer.is_interrupted_between_batches = is_between
+                _guarded(trainer.callbacks.on_interrupt, trainer)
+                raise
+            except BaseException as error:
+                first = watch.fail(error)
+                _guarded(trainer.callbacks.on_exception, trainer, error)
+                if first is not None:
+                    raise RankFailedError(first) from error
+                raise
+            finally:
+                trainer.place.enter("end")
+                torch.use_deterministic_algorithms(was_deterministic)
+                _guarded(trainer.callbacks.close, trainer)
+                _guarded(trainer.release)
+                if trainer.is_fitting and world.is_global_zero:
+                    for logger in trainer.loggers.values():
+                        _guarded(partial(logger.finalize, status))
+                trainer.is_running = trainer.is_fitting = False
     finally:
-        torch.use_deterministic_algorithms(was_deterministic)
-        _guarded(trainer.callbacks.close, trainer)
-        _guarded(trainer.release)
-        if trainer.is_fitting and trainer.world.is_global_zero:
-            for logger in trainer.loggers.values():
-                _guarded(partial(logger.finalize, status))
-        trainer.is_fitting = False
+        _guarded(watch.leave)
         if status == "failed":
-            trainer.world.close()
+            world.close()
 
 
 def _guarded(call: Callable[..., Any], *args: Any) -> None:

@@ -1,0 +1,146 @@
+"""The ranks agree on the moment to stop, without a collective and without waiting in a step."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from torch.distributed import Store
+
+_SECONDS_BETWEEN_LOOKS = 1.0
+
+
+@dataclass(frozen=True)
+class StopRequest:
+    """Why a run is to stop."""
+
+    kind: Literal["stop", "interrupt", "preempt"]
+    """``"stop"`` ends the run on purpose, ``"interrupt"`` is Ctrl-C, ``"preempt"`` a scheduler."""
+    reason: str
+
+
+class StopAgreement:
+    """Lets all ranks stop at the same tick.
+
+    All ranks count the same ticks, one after each batch for example. When one of them asks for
+    a stop, each tells through the store how many ticks it has passed, or is about to pass: its
+    thread does, so that a rank that waits in a collective for the others does, too. The largest
+    number is the last tick that everybody passes. A rank that gets there early waits; nobody
+    waits for it then, since all batches that were begun are finished by all.
+
+    Costs an addition and a comparison a tick; only a request costs more.
+
+    Args:
+        require_all: raises if the other ranks cannot be waited for any more.
+    """
+
+    def __init__(self, require_all: Callable[[], object] = lambda: None) -> None:
+        self._require_all = require_all
+        self.on_request: Callable[[StopRequest], None] = lambda request: None
+        self._lock = threading.Lock()
+        self._is_connected = False
+        self._store: Store | None = None
+        self._rank, self._size = 0, 1
+        self._early: StopRequest | None = None
+        self._round = self._num_ticks = 0
+        self._begin_round()
+
+    def connect(self, store: Store | None = None, rank: int = 0, size: int = 1) -> None:
+        """Begin to pass requests on; those made earlier are passed on now.
+
+        Args:
+            store: shared by all ranks, fresh; None for a rank alone.
+            rank: of this process.
+            size: number of ranks.
+        """
+        self._store, self._rank, self._size = store, rank, size
+        self._round = self._num_ticks = 0
+        self._begin_round()
+        self._is_connected = True
+        if self._early is not None:
+            early, self._early = self._early, None
+            self.ask(early)
+
+    def disconnect(self) -> None:
+        """Requests wait for the next `connect`."""
+        self._is_connected, self._store, self._early = False, None, None
+
+    def _begin_round(self) -> None:
+        self.is_pending = False
+        self._request: StopRequest | None = None
+        self._last_tick: int | None = None
+        self._settled = threading.Event()
+
+    def tick(self) -> StopRequest | None:
+        """Count a tick.
+
+        Returns:
+            What to stop for, if this is the place: on every rank at the same tick.
+        """
+        self._num_ticks += 1
+        if not self.is_pending:
+            return None
+        while not self._settled.wait(_SECONDS_BETWEEN_LOOKS):
+            self._require_all()
+        assert self._last_tick is not None
+        if self._num_ticks <= self._last_tick:
+            return None
+        with self._lock:
+            request = self._request
+            # Everybody is at this tick: what comes next is another round.
+            self._round += 1
+            self._begin_round()
+        return request
+
+    def ask(self, request: StopRequest) -> None:
+        """Ask all ranks to stop; the first request wins. From any thread of any rank."""
+        if not self._is_connected:
+            self._early = self._early or request
+            return
+        if self._store is not None:
+            text = json.dumps(asdict(request))
+            request = _decoded(self._store.compare_set(self._key("request"), "", text))
+        self._note(request)
+
+    def look(self) -> None:
+        """What the thread does every now and then: hear of requests, answer, decide."""
+        store = self._store
+        if store is None:
+            return
+        if not self.is_pending and store.check([self._key("request")]):
+            self._note(_decoded(store.get(self._key("request"))))
+        if not self.is_pending or self._settled.is_set():
+            return
+        last = self._key("last")
+        if self._rank == 0 and not store.check([last]):
+            told = [self._key(f"ticks/{rank}") for rank in range(self._size)]
+            if store.check(told):
+                store.set(last, str(max(map(int, store.multi_get(told)))))
+        if store.check([last]):
+            self._last_tick = int(store.get(last))
+            self._settled.set()
+
+    def _note(self, request: StopRequest) -> None:
+        with self._lock:
+            if self._request is not None:
+                return
+            self._request = request
+            # Before the number is read: a tick that is counted after that sees it, and waits.
+            self.is_pending = True
+            number = self._num_ticks
+            if self._store is None:
+                self._last_tick = number
+                self._settled.set()
+            else:
+                self._store.set(self._key(f"ticks/{self._rank}"), str(number))
+        self.on_request(request)
+
+    def _key(self, name: str) -> str:
+        return f"stop/{self._round}/{name}"
+
+
+def _decoded(text: bytes) -> StopRequest:
+    return StopRequest(**json.loads(text))

@@ -1,0 +1,97 @@
+"""Where a rank is: written in nanoseconds, readable by others after it was killed."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+#: What a rank can be doing, as it is called in messages.
+PHASES = (
+    "start",
+    "configure",
+    "setup",
+    "restore",
+    "loader",
+    "training_step",
+    "backward",
+    "optimizer step",
+    "validation",
+    "save",
+    "end",
+)
+_NUMBERS = {phase: number for number, phase in enumerate(PHASES)}
+_LAYOUT = struct.Struct("=Bqqq")
+
+
+class Place:
+    """The phase, step, epoch and batch that a rank is in.
+
+    Lies in memory until `share` moves it to a file that other processes of the machine map:
+    what a killed process wrote there is still there.
+    """
+
+    def __init__(self) -> None:
+        self._memory: bytearray | mmap.mmap = bytearray(_LAYOUT.size)
+
+    def enter(self, phase: str) -> None:
+        """Say what comes now: one of `PHASES`."""
+        self._memory[0] = _NUMBERS[phase]
+
+    @property
+    def phase(self) -> str:
+        """What was entered last."""
+        return PHASES[self._memory[0]]
+
+    def count(self, step: int, epoch: int, batch: int) -> None:
+        """Say how far the run is."""
+        _LAYOUT.pack_into(self._memory, 0, self._memory[0], step, epoch, batch)
+
+    def share(self) -> Path:
+        """Move to a file; `forget` it once all who want to see it have opened it."""
+        descriptor, name = tempfile.mkstemp(prefix="dream-trainer-place-")
+        try:
+            os.write(descriptor, self._memory[:])
+            self._memory = mmap.mmap(descriptor, _LAYOUT.size)
+        finally:
+            os.close(descriptor)
+        return Path(name)
+
+    def keep(self) -> None:
+        """Back into memory of its own."""
+        if isinstance(self._memory, mmap.mmap):
+            shared, self._memory = self._memory, bytearray(self._memory[:])
+            shared.close()
+
+    def __str__(self) -> str:
+        return describe(bytes(self._memory[:]))
+
+
+class SharedPlace:
+    """The place of another process of this machine."""
+
+    def __init__(self, path: str) -> None:
+        with open(path, "rb") as file:  # noqa: PTH123 - closed at once; the mapping stays
+            self._memory = mmap.mmap(file.fileno(), _LAYOUT.size, access=mmap.ACCESS_READ)
+
+    def __str__(self) -> str:
+        return describe(self._memory[:])
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._memory.close()
+
+
+def forget(path: Path) -> None:
+    """Remove the file's name; the mappings live on, and nothing stays after a kill."""
+    with suppress(OSError):
+        path.unlink()
+
+
+def describe(memory: bytes) -> str:
+    """A place in words."""
+    phase, step, epoch, batch = _LAYOUT.unpack(memory)
+    return f"{PHASES[phase]}, step {step}, epoch {epoch}, batch {batch}"

@@ -1,0 +1,308 @@
+"""RankWatch: a thread that sees when another rank fails, and ends this one in time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from dream_trainer.coordination.agreement import StopAgreement
+from dream_trainer.coordination.failure import RankFailedError, RankFailure, is_left_alone
+from dream_trainer.coordination.place import Place, SharedPlace, forget
+from dream_trainer.world import DreamWorld
+
+_SECONDS_BETWEEN_LOOKS = 0.5
+_SECONDS_WHILE_PENDING = 0.02
+_SECONDS_TO_END = 5.0
+_FAILURE, _LEFT = "failure", "left"
+
+
+@dataclass(frozen=True)
+class _Peer:
+    """How another rank is found on its machine."""
+
+    machine: str
+    pid: int
+    started: str
+    place: str
+
+
+class RankWatch:
+    """Keeps an eye on the other ranks while a run is under way.
+
+    Every rank tells a store that it is alive. A rank that raises tells its error there; one
+    whose process is gone is noticed by the ranks of its machine at once; one that has not been
+    heard of for ``timeout`` seconds, frozen or cut off, by rank 0. Then every rank prints which
+    one failed first, where and how, and ends: by the exception that its collective raises, or
+    after five seconds, because a collective can wait for ever, with exit status 1.
+
+    Args:
+        world: launched, by the time of `join`.
+        place: where this rank is.
+        agreement: served by the same thread.
+        timeout: seconds without a sign of life after which a rank counts as failed.
+        clock: seconds from any start.
+    """
+
+    def __init__(
+        self,
+        world: DreamWorld,
+        place: Place,
+        agreement: StopAgreement,
+        timeout: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._world, self._place, self._agreement = world, place, agreement
+        self._timeout, self._clock = timeout, clock
+        self._thread: threading.Thread | None = None
+        self._wake = threading.Event()
+        self._is_leaving = False
+        self._lock = threading.Lock()
+        self.failure: RankFailure | None = None
+        self._is_failure_known = threading.Event()
+
+    # ------------------------------------------------------------------ main thread
+
+    def join(self) -> None:
+        """Begin to watch. A collective; nothing happens on one process, or when it is begun."""
+        world = self._world
+        if self._thread is not None:
+            return
+        if world.size == 1:
+            self._agreement.connect()
+            return
+        self._rank, self._size = world.rank, world.size
+        self._store = _open_store(world, self._timeout)
+        path = self._place.share()
+        mine = _Peer(_machine(), os.getpid(), _start_of(os.getpid()), str(path))
+        peers = world.all_gather_object(mine)
+        self._neighbours = {
+            rank: peer
+            for rank, peer in enumerate(peers)
+            if peer.machine == mine.machine and rank != self._rank
+        }
+        self._places = {rank: SharedPlace(one.place) for rank, one in self._neighbours.items()}
+        world.barrier()  # all of them are open
+        forget(path)
+        self._beats: dict[int, tuple[bytes, float]] = {}
+        self._num_beats, self._last_look = 0, self._clock()
+        self._is_leaving = False
+        self.failure = None
+        self._is_failure_known.clear()
+        self._agreement.connect(self._store, self._rank, self._size)
+        self._thread = threading.Thread(target=self._run, name="rank watch", daemon=True)
+        self._thread.start()
+
+    def leave(self) -> None:
+        """End the watch: this rank goes its own way. Rank 0 waits for the others to leave."""
+        self._agreement.disconnect()
+        if self._thread is None:
+            return
+        self._is_leaving = True
+        self._wake.set()
+        self._thread.join()
+        self._thread = None
+        with suppress(dist.DistError):
+            self._store.set(f"{_LEFT}/{self._rank}", "1")
+            if self._rank == 0:
+                # It carries the store: gone too early, it would look like a failure.
+                failed = None if self.failure is None else self.failure.rank
+                others = [f"{_LEFT}/{rank}" for rank in range(1, self._size) if rank != failed]
+                seconds = self._timeout if failed is None else _SECONDS_TO_END
+                if others:
+                    self._store.wait(others, timedelta(seconds=seconds))
+        for place in self._places.values():
+            place.close()
+        self._place.keep()
+        del self._store
+
+    def fail(self, error: BaseException) -> RankFailure | None:
+        """Tell the others about an exception that ends this rank.
+
+        Returns:
+            The failure of another rank, if this one is only its consequence.
+        """
+        if self._thread is None:
+            return None
+        text = f"{type(error).__name__}: {error}".strip(": ")
+        mine = RankFailure(self._rank, text, str(self._place))
+        if is_left_alone(error):
+            # Who was first is seen by the thread: in a moment, or when the silence has lasted.
+            self._wake.set()
+            self._is_failure_known.wait(self._timeout + 2 * _SECONDS_BETWEEN_LOOKS)
+        if self.failure is None:
+            self._tell(mine)
+        first = self.failure
+        return first if first is not None and first.rank != self._rank else None
+
+    def look_now(self) -> bool:
+        """Look at once. From any thread.
+
+        Returns:
+            Whether a rank has failed.
+        """
+        if self._thread is not None and self.failure is None:
+            with suppress(dist.DistError):
+                self._look_for_failures()
+        return self.failure is not None
+
+    def require_all(self) -> None:
+        """Raise if a rank has failed.
+
+        Raises:
+            RankFailedError: naming the first one.
+        """
+        if self.failure is not None:
+            raise RankFailedError(self.failure)
+
+    # ------------------------------------------------------------------ the thread
+
+    def _run(self) -> None:
+        while not self._is_leaving:
+            try:
+                self._look()
+            except dist.DistError as error:
+                if not self._is_leaving:
+                    # Rank 0 carries the store.
+                    what = f"its store does not answer ({str(error).splitlines()[0]})"
+                    self._note(RankFailure(0, what, "an unknown place"))
+            if self.failure is not None:
+                self._end()
+                return
+            is_pending = self._agreement.is_pending
+            self._wake.wait(_SECONDS_WHILE_PENDING if is_pending else _SECONDS_BETWEEN_LOOKS)
+            self._wake.clear()
+
+    def _look(self) -> None:
+        now = self._clock()
+        if now - self._last_look > self._timeout / 2:
+            # This process was stopped itself (Ctrl-Z, say): what it has not seen proves nothing.
+            self._beats = {rank: (beat, now) for rank, (beat, _) in self._beats.items()}
+        self._last_look = now
+        self._num_beats += 1
+        self._look_for_failures()
+        self._store.set(f"beat/{self._rank}", f"{self._num_beats} {self._place}")
+        if self.failure is not None:
+            return
+        if (silent := self._silent_rank(now)) is not None:
+            self._tell(silent)
+            return
+        self._agreement.look()
+
+    def _look_for_failures(self) -> None:
+        # First at the processes: a store that went with rank 0 has nothing to tell.
+        if (gone := self._gone_neighbour()) is not None:
+            self._tell(gone)
+        elif self._store.check([_FAILURE]):
+            self._note(RankFailure.from_json(self._store.get(_FAILURE)))
+
+    def _gone_neighbour(self) -> RankFailure | None:
+        for rank, peer in self._neighbours.items():
+            if _start_of(peer.pid) == peer.started:
+                continue
+            with suppress(dist.DistError):
+                # It may have ended well, or have told its error, between two looks.
+                if self._store.check([f"{_LEFT}/{rank}"]) or self._store.check([_FAILURE]):
+                    continue
+            return RankFailure(rank, "its process is gone", str(self._places[rank]))
+        return None
+
+    def _silent_rank(self, now: float) -> RankFailure | None:
+        """Rank 0 looks at everybody, the others at rank 0 alone: 2 messages per rank and look."""
+        watched = range(1, self._size) if self._rank == 0 else (0,)
+        keys = {rank: f"beat/{rank}" for rank in watched}
+        if not self._store.check(list(keys.values())):
+            return None  # somebody's first one is still to come; its start was a collective
+        for rank, beat in zip(keys, self._store.multi_get(list(keys.values())), strict=True):
+            before = self._beats.get(rank)
+            if before is None or before[0] != beat:
+                self._beats[rank] = (beat, now)
+            elif now - before[1] > self._timeout and not self._store.check([f"{_LEFT}/{rank}"]):
+                place = self._places.get(rank) or beat.decode().partition(" ")[2]
+                what = f"it has not answered for {self._timeout:g} s"
+                return RankFailure(rank, what, str(place), is_frozen=True)
+        return None
+
+    def _tell(self, failure: RankFailure) -> None:
+        """Let it be the first one, unless there is one already."""
+        with suppress(dist.DistError):
+            first = self._store.compare_set(_FAILURE, "", failure.to_json())
+            failure = RankFailure.from_json(first)
+        self._note(failure)
+
+    def _note(self, failure: RankFailure) -> None:
+        with self._lock:
+            if self.failure is not None:
+                return
+            self.failure = failure
+            # The first line that anybody prints: what the others say is a consequence.
+            print(failure, file=sys.stderr, flush=True)
+        self._is_failure_known.set()
+        peer = self._neighbours.get(failure.rank)
+        if failure.is_frozen and peer is not None and _start_of(peer.pid) == peer.started:
+            # It would keep its device, and its launcher waiting.
+            with suppress(OSError):
+                os.kill(peer.pid, signal.SIGKILL)
+
+    def _end(self) -> None:
+        """Give the main thread time to end by itself, then end the process."""
+        assert self.failure is not None
+        is_mine = self.failure.rank == self._rank
+        deadline = self._clock() + (self._timeout if is_mine else _SECONDS_TO_END)
+        while not self._is_leaving and (seconds := deadline - self._clock()) > 0:
+            self._wake.wait(seconds)
+            self._wake.clear()
+        if not self._is_leaving:
+            sys.stdout.flush()
+            os._exit(1)
+
+
+def _open_store(world: DreamWorld, timeout: float) -> dist.Store:
+    """A store of the run's own. A collective.
+
+    Not the one of the process group: under some launchers that outlives a restart, and it may be
+    carried by another process than rank 0.
+    """
+    seconds = timedelta(seconds=timeout)
+    store: dist.TCPStore | None = None
+    if world.rank == 0:
+        # Any free port.
+        store = dist.TCPStore("localhost", 0, None, True, seconds, wait_for_workers=False)
+    host = os.environ.get("MASTER_ADDR") or socket.gethostname()
+    address = world.broadcast((host, 0 if store is None else store.port))
+    if store is None:
+        store = dist.TCPStore(*address, None, False, seconds, wait_for_workers=False)
+    return store
+
+
+def _machine() -> str:
+    """The same for two processes that can see each other's process numbers."""
+    with suppress(OSError):
+        return f"{socket.gethostname()} {os.stat('/proc/self/ns/pid').st_ino}"  # noqa: PTH116
+    return socket.gethostname()
+
+
+def _start_of(pid: int) -> str:
+    """When a process started; empty if it is gone, or dead and not collected."""
+    try:
+        # The name in parentheses may hold anything.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except FileNotFoundError:
+        if Path("/proc/self").exists():
+            return ""
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return ""
+        return "unknown"
+    return "" if fields[0] in "ZX" else fields[19]
