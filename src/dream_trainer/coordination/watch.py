@@ -24,7 +24,8 @@ from dream_trainer.world import DreamWorld
 _SECONDS_BETWEEN_LOOKS = 0.5
 _SECONDS_WHILE_PENDING = 0.02
 _SECONDS_TO_END = 5.0
-_FAILURE, _LEFT = "failure", "left"
+_SECONDS_TO_DIE = 0.2
+_FAILURE, _SEEN, _LEFT = "failure", "seen", "left"
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,7 @@ class RankWatch:
         self._world, self._place, self._agreement = world, place, agreement
         self._timeout, self._clock = timeout, clock
         self._thread: threading.Thread | None = None
-        self._wake = threading.Event()
-        self._is_leaving = False
+        self._wake, self._leaving = threading.Event(), threading.Event()
         self._lock = threading.Lock()
         self.failure: RankFailure | None = None
         self._is_failure_known = threading.Event()
@@ -96,31 +96,40 @@ class RankWatch:
         forget(path)
         self._beats: dict[int, tuple[bytes, float]] = {}
         self._num_beats, self._last_look = 0, self._clock()
-        self._is_leaving = False
+        self._answered_at = self._last_look
+        self._leaving.clear()
         self.failure = None
         self._is_failure_known.clear()
         self._agreement.connect(self._store, self._rank, self._size)
         self._thread = threading.Thread(target=self._run, name="rank watch", daemon=True)
+        self._guard = threading.Thread(target=self._guard_store, name="rank guard", daemon=True)
         self._thread.start()
+        self._guard.start()
 
     def leave(self) -> None:
         """End the watch: this rank goes its own way. Rank 0 waits for the others to leave."""
         self._agreement.disconnect()
         if self._thread is None:
             return
-        self._is_leaving = True
+        self._leaving.set()
         self._wake.set()
-        self._thread.join()
+        self._guard.join()
+        self._thread.join(0 if self._is_store_silent else None)
         self._thread = None
         with suppress(dist.DistError):
+            if self._is_store_silent:
+                raise dist.DistNetworkError  # would wait for ever
             self._store.set(f"{_LEFT}/{self._rank}", "1")
             if self._rank == 0:
                 # It carries the store: gone too early, it would look like a failure.
                 failed = None if self.failure is None else self.failure.rank
-                others = [f"{_LEFT}/{rank}" for rank in range(1, self._size) if rank != failed]
-                seconds = self._timeout if failed is None else _SECONDS_TO_END
+                waited_for, seconds = _LEFT, self._timeout
+                if failed is not None:
+                    waited_for, seconds = _SEEN, _SECONDS_TO_END
+                others = [rank for rank in range(1, self._size) if rank != failed]
                 if others:
-                    self._store.wait(others, timedelta(seconds=seconds))
+                    keys = [f"{waited_for}/{rank}" for rank in others]
+                    self._store.wait(keys, timedelta(seconds=seconds))
         for place in self._places.values():
             place.close()
         self._place.keep()
@@ -138,6 +147,8 @@ class RankWatch:
         mine = RankFailure(self._rank, text, str(self._place))
         if is_left_alone(error):
             # Who was first is seen by the thread: in a moment, or when the silence has lasted.
+            # A process that dies closes its connections before it counts as dead.
+            self._is_failure_known.wait(_SECONDS_TO_DIE)
             self._wake.set()
             self._is_failure_known.wait(self._timeout + 2 * _SECONDS_BETWEEN_LOOKS)
         if self.failure is None:
@@ -168,20 +179,37 @@ class RankWatch:
     # ------------------------------------------------------------------ the thread
 
     def _run(self) -> None:
-        while not self._is_leaving:
+        while not self._leaving.is_set() and self.failure is None:
             try:
                 self._look()
+                self._answered_at = self._clock()
             except dist.DistError as error:
-                if not self._is_leaving:
-                    # Rank 0 carries the store.
-                    what = f"its store does not answer ({str(error).splitlines()[0]})"
-                    self._note(RankFailure(0, what, "an unknown place"))
-            if self.failure is not None:
-                self._end()
-                return
+                if not self._leaving.is_set():
+                    what = f"the store that it carries is gone ({str(error).splitlines()[0]})"
+                    self._note(RankFailure(0, what, self._place_of(0)))
             is_pending = self._agreement.is_pending
             self._wake.wait(_SECONDS_WHILE_PENDING if is_pending else _SECONDS_BETWEEN_LOOKS)
             self._wake.clear()
+        if self.failure is not None:
+            with suppress(dist.DistError):
+                self._store.set(f"{_SEEN}/{self._rank}", "1")
+
+    def _guard_store(self) -> None:
+        """The store freezes with rank 0, and with it the thread that asks it."""
+        last = self._clock()
+        while not self._leaving.wait(_SECONDS_BETWEEN_LOOKS):
+            now = self._clock()
+            if now - last > self._timeout / 2:
+                self._answered_at = now  # this process was stopped itself
+            last = now
+            if self._is_store_silent:
+                self._note(self._frozen(0))
+            if self.failure is not None:
+                self._end()
+
+    @property
+    def _is_store_silent(self) -> bool:
+        return self._clock() - self._answered_at > self._timeout
 
     def _look(self) -> None:
         now = self._clock()
@@ -202,7 +230,7 @@ class RankWatch:
     def _look_for_failures(self) -> None:
         # First at the processes: a store that went with rank 0 has nothing to tell.
         if (gone := self._gone_neighbour()) is not None:
-            self._tell(gone)
+            self._note(gone) if gone.rank == 0 else self._tell(gone)
         elif self._store.check([_FAILURE]):
             self._note(RankFailure.from_json(self._store.get(_FAILURE)))
 
@@ -210,11 +238,12 @@ class RankWatch:
         for rank, peer in self._neighbours.items():
             if _start_of(peer.pid) == peer.started:
                 continue
-            with suppress(dist.DistError):
-                # It may have ended well, or have told its error, between two looks.
-                if self._store.check([f"{_LEFT}/{rank}"]) or self._store.check([_FAILURE]):
-                    continue
-            return RankFailure(rank, "its process is gone", str(self._places[rank]))
+            # It may have ended well, or have told its error, between two looks.
+            if rank != 0 and self._store.check([f"{_LEFT}/{rank}"]):
+                continue
+            if rank != 0 and self._store.check([_FAILURE]):
+                continue
+            return RankFailure(rank, "its process is gone", self._place_of(rank))
         return None
 
     def _silent_rank(self, now: float) -> RankFailure | None:
@@ -228,10 +257,19 @@ class RankWatch:
             if before is None or before[0] != beat:
                 self._beats[rank] = (beat, now)
             elif now - before[1] > self._timeout and not self._store.check([f"{_LEFT}/{rank}"]):
-                place = self._places.get(rank) or beat.decode().partition(" ")[2]
-                what = f"it has not answered for {self._timeout:g} s"
-                return RankFailure(rank, what, str(place), is_frozen=True)
+                return self._frozen(rank)
         return None
+
+    def _frozen(self, rank: int) -> RankFailure:
+        what = f"it has not answered for {self._timeout:g} s"
+        return RankFailure(rank, what, self._place_of(rank), is_frozen=True)
+
+    def _place_of(self, rank: int) -> str:
+        """Where a rank is; on another machine, where it was when it was heard of last."""
+        if rank in self._places:
+            return str(self._places[rank])
+        beat, _ = self._beats.get(rank, (b"", 0.0))
+        return beat.decode().partition(" ")[2] or "an unknown place"
 
     def _tell(self, failure: RankFailure) -> None:
         """Let it be the first one, unless there is one already."""
@@ -259,10 +297,7 @@ class RankWatch:
         assert self.failure is not None
         is_mine = self.failure.rank == self._rank
         deadline = self._clock() + (self._timeout if is_mine else _SECONDS_TO_END)
-        while not self._is_leaving and (seconds := deadline - self._clock()) > 0:
-            self._wake.wait(seconds)
-            self._wake.clear()
-        if not self._is_leaving:
+        if not self._leaving.wait(deadline - self._clock()):
             sys.stdout.flush()
             os._exit(1)
 

@@ -58,9 +58,10 @@ def running(trainer: BaseTrainer) -> Iterator[None]:
                         _guarded(partial(logger.finalize, status))
                 trainer.is_running = trainer.is_fitting = False
     finally:
-        _guarded(watch.leave)
         if status == "failed":
+            # First: the others' collectives then fail, and they end without being ended.
             world.close()
+        _guarded(watch.leave)
 
 
 def _guarded(call: Callable[..., Any], *args: Any) -> None:
