@@ -75,9 +75,10 @@ class CheckpointCallback(Callback):
             self._save_now(trainer)
 
     def on_interrupt(self, trainer: BaseTrainer) -> None:
-        """Save, if the signal let the batch under way end."""
+        """Save, if the signal let the batch under way end, and if there was one."""
         is_asked_for = trainer.writes_run_directory and trainer.checkpoint_parameters.on_interrupt
-        if not (is_asked_for and trainer.is_interrupted_between_batches):
+        is_whole = trainer.is_interrupted_between_batches and trainer.progress.num_batches > 0
+        if not (is_asked_for and is_whole and trainer.is_fitting):
             return
         self._save_now(trainer)
         trainer.world.print(f"saved at step {trainer.global_step}; the same command goes on")

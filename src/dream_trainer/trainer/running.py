@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dream_trainer.coordination import Interrupted, Preempted, RankFailedError
+from dream_trainer.coordination.slurm import requeue_slurm_job
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
@@ -40,6 +41,8 @@ def running(trainer: BaseTrainer) -> Iterator[None]:
             except (KeyboardInterrupt, Preempted) as interrupt:
                 is_between = isinstance(interrupt, (Interrupted, Preempted))
                 trainer.is_interrupted_between_batches = is_between
+                if not is_between:
+                    watch.fail(interrupt)  # this rank leaves the others in mid-step
                 _guarded(trainer.callbacks.on_interrupt, trainer)
                 raise
             except BaseException as error:
@@ -57,6 +60,11 @@ def running(trainer: BaseTrainer) -> Iterator[None]:
                     for logger in trainer.loggers.values():
                         _guarded(partial(logger.finalize, status))
                 trainer.is_running = trainer.is_fitting = False
+    except Preempted as preempted:
+        # SIGTERM is what scancel sends, too: such a job is to stay away.
+        if world.is_global_zero and preempted.signal_name != "SIGTERM":
+            requeue_slurm_job()
+        raise
     finally:
         if status == "failed":
             # First: the others' collectives then fail, and they end without being ended.

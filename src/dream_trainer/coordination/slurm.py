@@ -1,0 +1,29 @@
+"""Put a preempted job back into SLURM's queue."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+_INTERACTIVE_JOBS = ("bash", "interactive")
+
+
+def requeue_slurm_job() -> None:
+    """Ask SLURM to run this job again, under the same id; nothing happens outside a batch job.
+
+    A failure is told and does not hide how the run ended.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None or os.environ.get("SLURM_JOB_NAME") in _INTERACTIVE_JOBS:
+        return
+    if (array := os.environ.get("SLURM_ARRAY_JOB_ID")) is not None:
+        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    command = ["scontrol", "requeue", job]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        told = getattr(error, "stderr", None) or error
+        print(f"{' '.join(command)} failed: {str(told).strip()}", file=sys.stderr, flush=True)
+    else:
+        print(f"SLURM job {job} is back in the queue", file=sys.stderr, flush=True)
