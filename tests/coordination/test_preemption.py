@@ -1,4 +1,4 @@
-"""A scheduler's signal, in whatever phase, ends all ranks with 143; the run then goes on exactly."""
+"""A scheduler's signal, in any phase, ends all ranks with 143; the run then goes on exactly."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ class Callback:
         """The run has reached its end."""
 
     def on_interrupt(self, trainer: BaseTrainer) -> None:
-        """Ctrl-C or SIGTERM ended the run, if at all possible between two batches."""
+        """Ctrl-C or a scheduler's signal ended the run, if at all possible between two batches."""
 
     def on_exception(self, trainer: BaseTrainer, exception: BaseException) -> None:
         """An exception ended the run; it is raised again afterwards."""

@@ -16,6 +16,9 @@ def leave_signals_to_the_trainer() -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _die_later)
+    for name in ("SIGUSR1", "SIGUSR2"):  # how SLURM and others announce the end
+        if (number := getattr(signal, name, None)) is not None:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _die_later(number: int, frame: FrameType | None) -> None:
