@@ -113,8 +113,9 @@ class SignalWatch:
 
     def settle(self) -> None:
         """Return once ``heard`` was called for every signal that the main thread knows of."""
-        while self._caught - self._heard_of:
-            time.sleep(0.001)
+        if self._caught:
+            while self._caught - self._heard_of:
+                time.sleep(0.001)
 
     def _is_second_ctrl_c(self) -> bool:
         now = self._clock()
