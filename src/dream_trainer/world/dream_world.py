@@ -44,6 +44,7 @@ from dream_trainer.world.component_state import gradients, unsharded_norm
 from dream_trainer.world.dream_fabric import DreamFabric
 from dream_trainer.world.gradient_sync import fix_bucket_order, no_gradient_sync
 from dream_trainer.world.mesh_strategy import MeshStrategy, Parallelize
+from dream_trainer.world.restarts import fresh_store
 from dream_trainer.world.strategy import fabric_arguments
 
 T = TypeVar("T")
@@ -197,7 +198,8 @@ class DreamWorld:
         """Start the other processes and join the process group. Calling it again is harmless."""
         if not self._fabric._launched:
             had_group = _has_group()
-            self._fabric.launch()
+            with fresh_store():
+                self._fabric.launch()
             self._opened_group = not had_group and _has_group()
             if isinstance(launcher := getattr(self.strategy, "launcher", None), _Subprocesses):
                 atexit.register(self._wait_for_children, launcher.procs)

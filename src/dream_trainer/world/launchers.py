@@ -8,10 +8,8 @@ import secrets
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
-import torch.distributed as dist
 from lightning.fabric.plugins.environments import (
     ClusterEnvironment,
     KubeflowEnvironment,
@@ -24,11 +22,11 @@ from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from typing_extensions import override
 
 from dream_trainer.errors import ConfigError
+from dream_trainer.world.restarts import agent_store
 
 #: Whether people type into this process: a notebook, or ``python -i``.
 IS_INTERACTIVE: bool = _IS_INTERACTIVE
 _INTERACTIVE_JOBS = ("bash", "interactive")
-_STORE_TIMEOUT = timedelta(seconds=30)
 
 
 @dataclass(frozen=True)
@@ -227,10 +225,9 @@ def job_id() -> str | None:
 
 
 def _id_of_agents() -> str | None:
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    store = agent_store()
+    if store is None:
         return None
-    address, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT")
-    store = dist.TCPStore(address, port, is_master=False, timeout=_STORE_TIMEOUT)
     # Whoever asks first decides for all restarts.
     return str(store.compare_set("dream_trainer/job", "", secrets.token_hex(8)).decode())
 
