@@ -177,10 +177,18 @@ def _agent(words: list[str], arguments: tuple[Any, ...]) -> None:
     elastic_launch(config, train_here)(*arguments)
 
 
-def train_here(folder: Path, **options: Any) -> None:
+def train_here(folder: Path, kind: type[train.Trainer] = train.Trainer) -> None:
     """The run of `train.py`, in this process."""
     torch.set_num_threads(1)
-    train.Trainer(train.config(folder, **options)).fit()
+    kind(train.config(folder)).fit()
+
+
+def wait_until(condition: Callable[[], bool]) -> bool:
+    """Whether something that other processes do has happened in time."""
+    deadline = time.monotonic() + SECONDS
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
 
 
 def ends(folder: Path) -> list[dict[str, Any]]:
@@ -212,7 +220,7 @@ def _child(
         for stream in (1, 2):
             os.dup2(out, stream)
         # pytest's own streams would keep it to themselves.
-        sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115, PTH123
+        sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
         os.environ.clear()
         os.environ.update(variables)
         function(*arguments)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launched import SCRIPT, agent, ends, only, run, run_forks, together, train_here
+from launched import SCRIPT, ends, only, run, run_forks, train_here
 from support import free_port
 
 pytestmark = [pytest.mark.may_leave("rng"), pytest.mark.distributed]
@@ -16,6 +16,7 @@ BIN = Path(sys.executable).parent
 #: Options of `train.py` on the command line, the same run as `train.config`.
 OPTIONS = [
     "fit",
+    *("--batch_size", 2),
     *("--training_parameters.n_epochs", 2, "--training_parameters.global_batch_size", 8),
     *("--checkpoint_parameters.every_n_steps", 1, "--checkpoint_parameters.async_save", "false"),
 ]

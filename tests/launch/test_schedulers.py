@@ -17,6 +17,7 @@ from support import free_port
 
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.errors import ConfigError
+from dream_trainer.storage import Ranks
 from dream_trainer.trainer.run_directory import fresh_experiment_name
 from dream_trainer.world.launchers import find_launcher, job_id
 from dream_trainer.world.strategy import fabric_arguments
@@ -120,10 +121,10 @@ class Communicator:
         timeout = timedelta(seconds=30)
         self.store = dist.TCPStore("127.0.0.1", port, size, rank == 0, timeout)
 
-    def Get_size(self) -> int:
+    def Get_size(self) -> int:  # noqa: N802
         return self.size
 
-    def Get_rank(self) -> int:
+    def Get_rank(self) -> int:  # noqa: N802
         return self.rank
 
     def gather(self, value: str, root: int) -> list[str] | None:
@@ -138,10 +139,10 @@ class Communicator:
             self.store.set(str(self.calls), repr(value))
         return eval(self.store.get(str(self.calls)))
 
-    def Split(self, color: int) -> Communicator:
+    def Split(self, color: int) -> Communicator:  # noqa: N802
         return self
 
-    def Split_type(self, kind: int) -> Communicator:
+    def Split_type(self, kind: int) -> Communicator:  # noqa: N802
         return self
 
 
@@ -232,12 +233,10 @@ def test_what_the_launcher_did_not_start_is_refused_in_two_lines(
 
 
 @pytest.mark.parametrize("name", ["bash", "interactive"])
-def test_a_shell_inside_slurm_is_no_launch(
-    name: str, under: Callable[[Variables], None]
-) -> None:
+def test_a_shell_inside_slurm_is_no_launch(name: str, under: Callable[[Variables], None]) -> None:
     under(slurm(0, 2, SLURM_JOB_NAME=name))
     assert find_launcher() is None
-    assert job_id() is None
+    assert job_id(Ranks()) is None
 
 
 def test_a_batch_script_without_srun_is_told(
@@ -250,9 +249,7 @@ def test_a_batch_script_without_srun_is_told(
     assert "Put srun in front of the command." in said
 
 
-@pytest.mark.parametrize(
-    ("layout", "local"), [("2", 2), ("2(x3)", 2), ("3(x2),1", 3), ("4,4", 4)]
-)
+@pytest.mark.parametrize(("layout", "local"), [("2", 2), ("2(x3)", 2), ("3(x2),1", 3), ("4,4", 4)])
 def test_tasks_per_node_as_slurm_writes_them(
     layout: str, local: int, under: Callable[[Variables], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,8 +282,8 @@ def test_each_job_has_a_name_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None
         with monkeypatch.context() as context:
             for name, value in variables.items():
                 context.setenv(name, value)
-            assert job_id() == job_id()
-            ids.append(job_id())
+            assert job_id(Ranks()) == job_id(Ranks())
+            ids.append(job_id(Ranks()))
     assert None not in ids
     assert len({fresh_experiment_name(job) for job in ids}) == len(JOBS)
 
@@ -296,14 +293,14 @@ def test_a_requeued_job_keeps_its_name_and_another_command_in_it_has_another(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", "--lr", "1"])
     under(slurm(0, 2))
-    name = fresh_experiment_name(job_id())
+    name = fresh_experiment_name(job_id(Ranks()))
     # A torchrun in the requeued job draws a new rendezvous.
     under({"SLURM_STEP_ID": "1", "SLURM_RESTART_COUNT": "1", "TORCHELASTIC_RUN_ID": "drawn"})
-    assert fresh_experiment_name(job_id()) == name
+    assert fresh_experiment_name(job_id(Ranks())) == name
     monkeypatch.setattr(sys, "argv", ["train.py", "--lr", "2"])
-    assert fresh_experiment_name(job_id()) != name
+    assert fresh_experiment_name(job_id(Ranks())) != name
 
 
 def test_without_a_job_every_start_has_a_new_name() -> None:
-    assert job_id() is None
+    assert job_id(Ranks()) is None
     assert fresh_experiment_name(None) != fresh_experiment_name(None)

@@ -22,6 +22,7 @@ class Config(TinyConfig):
     experiment: str | None = None
     seed: int | None = None
     num_samples: int = 32
+    batch_size: int = 2
     dropout: float = 0.2
     ends: str = "."
 
@@ -60,6 +61,7 @@ class Trainer(TinyTrainer):
             "step": self.global_step,
             "resumed": self.is_resumed,
             "digest": digest(self),
+            "weights": [float(x) for p in self.net.parameters() for x in p.detach().view(-1)],
         }
         path = Path(self.config.ends) / f"end-{world.rank}.json"
         path.with_suffix(".tmp").write_text(json.dumps(end))

@@ -463,8 +463,8 @@ class BaseTrainer(AbstractTrainer):
         # A copy: another trainer with the same configuration gets a seed and a name of its own.
         self.config = config = copy.copy(self.config)
         # Drawn or named on rank 0: on its own each rank would come up with another.
-        job = job_id() if self.world.is_global_zero and not config.experiment else None
-        config.experiment = config.experiment or fresh_experiment_name(job)
+        if config.experiment is None:
+            config.experiment = fresh_experiment_name(job_id(self.world.ranks))
         if config.seed is None:
             config.seed = recorded_or_new_seed(self.run_directory, self.checkpoint_parameters)
         config.seed, config.experiment = self.world.broadcast((config.seed, config.experiment))

@@ -22,7 +22,7 @@ from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from typing_extensions import override
 
 from dream_trainer.errors import ConfigError
-from dream_trainer.world.restarts import agent_store
+from dream_trainer.storage import Ranks, write_text
 
 #: Whether people type into this process: a notebook, or ``python -i``.
 IS_INTERACTIVE: bool = _IS_INTERACTIVE
@@ -198,12 +198,12 @@ class RayEnvironment(ClusterEnvironment):
         return _number("NODE_RANK")
 
 
-def job_id() -> str | None:
-    """What names the job of this process: the same in every restart of it. Call it on rank 0.
+def job_id(ranks: Ranks) -> str | None:
+    """What names the job of this process: the same in every restart of it. A collective.
 
     A scheduler's id with the command beside it, because a job may run several; Ray's name of the
-    run; the id of a torchrun rendezvous; else what the torchrun agents keep for us as long as they
-    live. None if nothing restarts this process.
+    run; the id of a torchrun rendezvous; else one that is kept as long as one of torchrun's agents
+    lives. None if nothing restarts this process.
     """
     if IS_INTERACTIVE:
         return None
@@ -218,18 +218,23 @@ def job_id() -> str | None:
             return " ".join([name, os.environ[name], task or "", *sys.argv])
     rendezvous = os.environ.get("TORCHELASTIC_RUN_ID")
     if rendezvous == "none":  # torchrun's default, the same for every job
-        return _id_of_agents()
+        return _id_of_agents(ranks)
     if rendezvous is None and _kubeflow() is not None:
         return os.environ.get("HOSTNAME")  # the first pod's name, which its successors get as well
     return rendezvous
 
 
-def _id_of_agents() -> str | None:
-    store = agent_store()
-    if store is None:
-        return None
-    # Whoever asks first decides for all restarts.
-    return str(store.compare_set("dream_trainer/job", "", secrets.token_hex(8)).decode())
+def _id_of_agents(ranks: Ranks) -> str | None:
+    """What the agents' folders of error files keep for us: each agent has one, for all restarts."""
+    given = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    note = Path(given).parents[2] / "dream_trainer-job" if given else None
+    kept = note.read_text(encoding="utf-8") if note and note.exists() else None
+    # The agent of rank 0 may be new, or have replaced one that is lost: any of them knows.
+    known = [one for one in ranks.gather(kept) if one]
+    job = known[0] if known else ranks.gather(secrets.token_hex(8))[0]
+    if note and job != kept and os.environ.get("LOCAL_RANK") == "0":
+        write_text(note, job)
+    return job
 
 
 def _is_interactive_job() -> bool:

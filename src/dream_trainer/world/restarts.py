@@ -18,7 +18,7 @@ _SECONDS = 300.0
 _TRY = timedelta(seconds=2)
 
 
-def agent_store() -> TCPStore | None:
+def _agent_store() -> TCPStore | None:
     """The store of the torchrun agents, which outlives their workers; None without them."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or not dist.is_available():
         return None
@@ -36,7 +36,7 @@ def fresh_store() -> Iterator[None]:
     Raises:
         RuntimeError: rank 0 did not come.
     """
-    agents = agent_store()
+    agents = _agent_store()
     if agents is None:
         yield
         return
@@ -77,4 +77,4 @@ def _find(agents: TCPStore, address: str) -> tuple[TCPStore, int]:
     raise RuntimeError(f"rank 0 has not opened its store on {address} within {_SECONDS:.0f} s")
 
 
-__all__ = ["agent_store", "fresh_store"]
+__all__ = ["fresh_store"]

@@ -74,8 +74,7 @@ def _launched_locally(parameters: DeviceParameters, launched: Launched) -> int:
         )
     if parameters.num_nodes not in (1, launched.nodes):
         problems.append(
-            f"num_nodes={parameters.num_nodes}, {launched.by} started processes on "
-            f"{launched.nodes}"
+            f"num_nodes={parameters.num_nodes}, {launched.by} started processes on {launched.nodes}"
         )
         ways = ways if len(problems) > 1 else [f"start them on {parameters.num_nodes} machines"]
     if problems:
