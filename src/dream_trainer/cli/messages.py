@@ -9,7 +9,15 @@ from collections.abc import Iterator
 
 from dream_trainer.errors import CheckpointError, ConfigError, StateError
 
-_RANK_VARIABLES = ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")
+_RANK_VARIABLES = (
+    "RANK",
+    "SLURM_PROCID",
+    "JSM_NAMESPACE_RANK",
+    "OMPI_COMM_WORLD_RANK",
+    "PMI_RANK",
+    "NODE_RANK",
+    "LOCAL_RANK",
+)
 
 
 @contextlib.contextmanager

@@ -49,6 +49,7 @@ from dream_trainer.trainer.run_lock import RunLock
 from dream_trainer.trainer.running import running
 from dream_trainer.trainer.state import apply_state, check_finite, gather_state, seed_rank
 from dream_trainer.world.component_state import gradients
+from dream_trainer.world.launchers import job_id
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -494,7 +495,8 @@ class BaseTrainer(AbstractTrainer):
         # A copy: another trainer with the same configuration gets a seed and a name of its own.
         self.config = config = copy.copy(self.config)
         # Drawn or named on rank 0: on its own each rank would come up with another.
-        config.experiment = config.experiment or fresh_experiment_name()
+        if config.experiment is None:
+            config.experiment = fresh_experiment_name(job_id(self.world.ranks))
         if config.seed is None:
             config.seed = recorded_or_new_seed(self.run_directory, self.checkpoint_parameters)
         config.seed, config.experiment = self.world.broadcast((config.seed, config.experiment))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +15,6 @@ from dream_trainer.configs.yaml_text import dump_yaml, load_yaml
 from dream_trainer.randomness import derive
 from dream_trainer.storage import free_name, write_text
 
-# What names a job in every restart of it, by launcher or scheduler.
-_JOB_VARIABLES = ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "LSB_JOBID", "PBS_JOBID")
 _ADJECTIVES = (
     "amber bold brisk calm clear coral crisp dapper eager early fair fleet gentle golden keen "
     "lively lucid mellow merry nimble quiet rapid serene silver steady sunny swift tidy vivid warm"
@@ -28,10 +25,8 @@ _NOUNS = (
 ).split()
 
 
-def fresh_experiment_name() -> str:
+def fresh_experiment_name(job: str | None) -> str:
     """A readable name: the same in every restart of a job that has an id, else a new one."""
-    ids = (os.environ.get(name) for name in _JOB_VARIABLES)
-    job = next((one for one in ids if one and one != "none"), None)
     number = secrets.randbits(64) if job is None else derive(job)
     adjective = _ADJECTIVES[number % len(_ADJECTIVES)]
     noun = _NOUNS[number // 1000 % len(_NOUNS)]

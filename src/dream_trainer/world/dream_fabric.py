@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from dream_trainer.storage import atomic_file
 from dream_trainer.world.component_state import unsharded_norm
 from dream_trainer.world.gradient_sync import no_gradient_sync
+from dream_trainer.world.restarts import fresh_store
 
 
 class DreamFabric(Fabric):
@@ -28,7 +29,13 @@ class DreamFabric(Fabric):
     ``save`` leaves either the whole new checkpoint or the old one. ``no_backward_sync`` leaves
     gradient synchronisation as it found it. ``clip_gradients`` returns a plain tensor under
     every strategy. ``load`` calls ``load_state_dict`` of stateful objects under every strategy.
+    ``launch`` also works in workers that torchrun has started again.
     """
+
+    def launch(self, *args: Any, **kwargs: Any) -> Any:
+        """Launch like Fabric; workers that torchrun started again find each other."""
+        with fresh_store():
+            return super().launch(*args, **kwargs)
 
     def save(
         self,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import subprocess
+import time
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -18,6 +21,9 @@ from lightning.fabric.strategies import (
     ModelParallelStrategy,
     ParallelStrategy,
     Strategy,
+)
+from lightning.fabric.strategies.launchers.subprocess_script import (
+    _SubprocessScriptLauncher as _Subprocesses,
 )
 from lightning.fabric.wrappers import _FabricModule, _FabricOptimizer
 from torch import Tensor, nn
@@ -38,10 +44,12 @@ from dream_trainer.world.component_state import gradients, unsharded_norm
 from dream_trainer.world.dream_fabric import DreamFabric
 from dream_trainer.world.gradient_sync import fix_bucket_order, no_gradient_sync
 from dream_trainer.world.mesh_strategy import MeshStrategy, Parallelize
+from dream_trainer.world.restarts import fresh_store
 from dream_trainer.world.strategy import fabric_arguments
 
 T = TypeVar("T")
 _NOTHING = nullcontext()
+_SECONDS_FOR_CHILDREN = 30.0
 #: Fabric lets these win over its arguments without a word.
 _OVERRIDES = ("LT_ACCELERATOR", "LT_STRATEGY", "LT_DEVICES", "LT_NUM_NODES", "LT_PRECISION")
 
@@ -66,6 +74,7 @@ class DreamWorld:
         *,
         fabric: Fabric | None = None,
     ) -> None:
+        had_group = fabric is not None or _has_group()
         if fabric is None:
             arguments = fabric_arguments(device_parameters or DeviceParameters())
             try:
@@ -73,7 +82,9 @@ class DreamWorld:
             except (ValueError, RuntimeError, TypeError) as error:
                 raise ConfigError("device_parameters", [str(error)]) from error
         self._fabric = fabric
-        self._opened_group = False
+        # Under `fabric run` a Fabric joins the group when it is made.
+        self._opened_group = not had_group and _has_group()
+        self._said_overrides = False
         self._background_group: Any = None
         parameters = device_parameters or DeviceParameters()
         self._timeout = timedelta(seconds=parameters.timeout_seconds)
@@ -185,14 +196,18 @@ class DreamWorld:
 
     def launch(self) -> None:
         """Start the other processes and join the process group. Calling it again is harmless."""
-        if self._fabric._launched:
-            return
-        had_group = _has_group()
-        self._fabric.launch()
-        self._opened_group = not had_group and _has_group()
+        if not self._fabric._launched:
+            had_group = _has_group()
+            with fresh_store():
+                self._fabric.launch()
+            self._opened_group = not had_group and _has_group()
+            if isinstance(launcher := getattr(self.strategy, "launcher", None), _Subprocesses):
+                atexit.register(self._wait_for_children, launcher.procs)
         overrides = [f"{name}={os.environ[name]}" for name in _OVERRIDES if name in os.environ]
-        if overrides:
-            self.print(f"the environment overrides the device settings: {', '.join(overrides)}")
+        if overrides and not self._said_overrides:
+            self._said_overrides = True
+            who = "fabric run" if os.environ.get("LT_CLI_USED") == "1" else "the environment"
+            self.print(f"{who} overrides the device settings: {', '.join(overrides)}")
 
     def close(self) -> None:
         """Leave the process group, if `launch` joined it."""
@@ -411,6 +426,19 @@ class DreamWorld:
             print(*args, **{"flush": True, **kwargs})
 
     # ------------------------------------------------------------------ inside
+
+    def _wait_for_children(self, children: list[subprocess.Popen[bytes]]) -> None:
+        """At the end of a process that started others: nothing of the run outlives it."""
+        waiting = list(children)
+        children.clear()  # or Fabric's observer would kill this process for how a child ends
+        self.close()  # who is still in a collective gets an error instead of waiting for us
+        deadline = time.monotonic() + _SECONDS_FOR_CHILDREN
+        for child in waiting:
+            try:
+                child.wait(max(deadline - time.monotonic(), 0))
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
 
     def _data_parallel(self) -> tuple[int, int]:
         strategy = self.strategy

@@ -10,6 +10,8 @@ import torch
 from lightning.fabric.strategies import DDPStrategy
 
 from dream_trainer.configs import DeviceParameters
+from dream_trainer.errors import ConfigError
+from dream_trainer.world.launchers import IS_INTERACTIVE, Launched, find_launcher
 from dream_trainer.world.mesh_strategy import MeshStrategy
 
 
@@ -17,39 +19,36 @@ def fabric_arguments(parameters: DeviceParameters) -> dict[str, Any]:
     """Keyword arguments of ``Fabric`` for a device configuration.
 
     Under torchrun and its like the launcher has decided how many processes there are, so
-    ``devices="auto"`` takes that instead of looking at the hardware.
+    ``devices="auto"`` and ``num_nodes=1`` take that instead of looking at the hardware.
+
+    Raises:
+        ConfigError: the launcher started other processes than the configuration asks for, or the
+            layout cannot run here.
     """
-    local = local_processes(parameters)
-    nodes = _launched_nodes() or parameters.num_nodes
-    common = {
+    launched = find_launcher()
+    local = _launched_locally(parameters, launched) if launched else local_processes(parameters)
+    nodes = launched.nodes if launched else parameters.num_nodes
+    size = launched.size if launched else local * nodes
+    arguments: dict[str, Any] = {
         "accelerator": parameters.accelerator,
         "devices": local if parameters.devices == "auto" else parameters.devices,
         "num_nodes": nodes,
         "precision": parameters.precision,
     }
-    timeout = timedelta(seconds=parameters.timeout_seconds)
-    layout = parameters.layout
-    if layout == "custom":
-        return common | {"devices": parameters.devices, "strategy": parameters.strategy}
-    if layout == "mesh":
-        strategy = MeshStrategy(
-            dp_replicate=parameters.dp_replicate,
-            dp_shard=parameters.dp_shard,
-            tensor_parallel=parameters.tensor_parallel,
-            cpu_offload=parameters.cpu_offload,
-            timeout=timeout,
-        )
-        return common | {"strategy": strategy}
-    parameters.resolve(local * nodes)  # sizes that cannot work are refused before anything starts
-    if local * nodes == 1:
-        return common | {"strategy": "auto"}
-    return common | {"strategy": DDPStrategy(timeout=timeout)}
+    if parameters.layout == "custom":
+        if launched is None:
+            arguments["devices"] = parameters.devices
+        arguments["strategy"] = parameters.strategy
+    else:
+        arguments["strategy"] = _strategy(parameters, size, is_launched=launched is not None)
+    has_own = getattr(arguments["strategy"], "cluster_environment", None) is not None
+    if launched is not None and launched.environment is not None and not has_own:
+        arguments["plugins"] = [launched.environment]
+    return _yielding_to_fabric_run(arguments, parameters)
 
 
 def local_processes(parameters: DeviceParameters) -> int:
-    """Processes on this machine that a configuration asks for."""
-    if (launched := os.environ.get("LOCAL_WORLD_SIZE")) and parameters.devices == "auto":
-        return int(launched)
+    """Processes on this machine that a configuration asks for, without a launcher."""
     devices = parameters.devices
     if isinstance(devices, str) and devices not in ("auto", "-1"):
         return int(devices) if devices.strip().isdigit() else len(devices.strip(", ").split(","))
@@ -57,11 +56,87 @@ def local_processes(parameters: DeviceParameters) -> int:
         return len(devices)
     if isinstance(devices, int) and devices > 0:
         return devices
+    if IS_INTERACTIVE and devices == "auto":
+        return 1  # as Fabric does: who wants more in a notebook says so
     if parameters.accelerator in ("auto", "cuda", "gpu"):
         return max(torch.cuda.device_count(), 1)
     return 1
 
 
-def _launched_nodes() -> int | None:
-    world, local = os.environ.get("WORLD_SIZE"), os.environ.get("LOCAL_WORLD_SIZE")
-    return int(world) // int(local) if world and local else None
+def _launched_locally(parameters: DeviceParameters, launched: Launched) -> int:
+    """Processes that the launcher started here, if they are those that were asked for."""
+    asked = launched.local if parameters.devices == "auto" else local_processes(parameters)
+    problems, ways = [], [f"start them with {launched.how.format(asked)}"]
+    if asked != launched.local:
+        problems.append(
+            f"devices={parameters.devices!r} asks for {_processes(asked)} on each machine, "
+            f"{launched.by} started {launched.local}"
+        )
+    if parameters.num_nodes not in (1, launched.nodes):
+        problems.append(
+            f"num_nodes={parameters.num_nodes}, {launched.by} started processes on {launched.nodes}"
+        )
+        ways = ways if len(problems) > 1 else [f"start them on {parameters.num_nodes} machines"]
+    if problems:
+        raise ConfigError(
+            "device_parameters",
+            problems,
+            f'Leave devices at "auto" and num_nodes at 1, or {ways[0]}.',
+        )
+    return launched.local
+
+
+def _strategy(parameters: DeviceParameters, size: int, *, is_launched: bool) -> Any:
+    """What the sizes choose, for so many ranks."""
+    timeout = timedelta(seconds=parameters.timeout_seconds)
+    forks = IS_INTERACTIVE and not is_launched and size > 1
+    if parameters.layout == "mesh":
+        if forks:
+            raise ConfigError(
+                "device_parameters",
+                ["a notebook forks its ranks, which works for DDP, not for a sharded model"],
+                "Run a script (python train.py, torchrun), or set DeviceParameters.DDP().",
+            )
+        return MeshStrategy(
+            dp_replicate=parameters.dp_replicate,
+            dp_shard=parameters.dp_shard,
+            tensor_parallel=parameters.tensor_parallel,
+            cpu_offload=parameters.cpu_offload,
+            timeout=timeout,
+        )
+    parameters.resolve(size)  # sizes that cannot work are refused before anything starts
+    if size == 1:
+        return "auto"
+    return DDPStrategy(timeout=timeout, start_method="fork" if forks else "popen")
+
+
+def _yielding_to_fabric_run(
+    arguments: dict[str, Any], parameters: DeviceParameters
+) -> dict[str, Any]:
+    """Leave to ``fabric run`` what it was told and the configuration leaves open.
+
+    Fabric refuses to start if it finds both, even where they mean the same.
+    """
+    if os.environ.get("LT_CLI_USED") != "1":
+        return arguments
+    default = DeviceParameters()
+    if "LT_STRATEGY" in os.environ and parameters.layout == "mesh":
+        raise ConfigError(
+            "device_parameters",
+            [f"its sizes choose MeshStrategy, fabric run chose {os.environ['LT_STRATEGY']}"],
+            "Leave out --strategy of fabric run, or leave dp_shard and tensor_parallel at 1.",
+        )
+    open_ones = {
+        "strategy": ("auto", parameters.strategy is None),
+        "devices": ("auto", parameters.devices == default.devices),
+        "precision": (None, parameters.precision == default.precision),
+    }
+    return arguments | {
+        name: fabrics_default
+        for name, (fabrics_default, is_open) in open_ones.items()
+        if is_open and f"LT_{name.upper()}" in os.environ
+    }
+
+
+def _processes(number: int) -> str:
+    return f"{number} process{'es' * (number != 1)}"
