@@ -24,6 +24,14 @@ import train
 
 SCRIPT = Path(train.__file__)
 SOURCES = SCRIPT.parents[2] / "src"
+BIN = Path(sys.executable).parent
+#: Options of `train.py` on the command line, the same run as `train.config`.
+OPTIONS = [
+    "fit",
+    *("--batch_size", 2),
+    *("--training_parameters.n_epochs", 2, "--training_parameters.global_batch_size", 8),
+    *("--checkpoint_parameters.every_n_steps", 1, "--checkpoint_parameters.async_save", "false"),
+]
 #: After so many seconds a launch counts as hanging.
 SECONDS = 120
 _LAUNCHERS = (

@@ -7,36 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launched import SCRIPT, ends, only, run, run_forks, train_here
+from launched import BIN, OPTIONS, SCRIPT, ends, only, run
 from support import free_port
 
 pytestmark = [pytest.mark.may_leave("rng"), pytest.mark.distributed]
-
-BIN = Path(sys.executable).parent
-#: Options of `train.py` on the command line, the same run as `train.config`.
-OPTIONS = [
-    "fit",
-    *("--batch_size", 2),
-    *("--training_parameters.n_epochs", 2, "--training_parameters.global_batch_size", 8),
-    *("--checkpoint_parameters.every_n_steps", 1, "--checkpoint_parameters.async_save", "false"),
-]
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """How a run of two ranks ends that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("reference")
-    run_forks(train_here, folder, folder=folder, ranks=torchrun_variables(2))
-    one, other = ends(folder)
-    assert one["digest"] == other["digest"]
-    return one
-
-
-def torchrun_variables(size: int) -> list[dict[str, str]]:
-    port = str(free_port())
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": port}
-    sizes = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "GROUP_RANK": "0"}
-    return [common | sizes | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(size)]
 
 
 def assert_one_run(folder: Path, size: int, output: str = "") -> list[dict[str, Any]]:

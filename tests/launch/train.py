@@ -30,7 +30,8 @@ class Config(TinyConfig):
 class Trainer(TinyTrainer):
     """Writes down how each of its ranks ended.
 
-    ``DIE=rank:step`` is SIGKILL, once in the life of the job, before that step is saved.
+    ``DIE=rank:step`` is SIGKILL, once in the life of the job, before that step is saved;
+    ``DIE_OF=SIGTERM`` another signal, and ``DIE_WITH=parent`` one to the launcher.
     """
 
     config: Config
@@ -41,7 +42,8 @@ class Trainer(TinyTrainer):
         marker = Path(self.config.ends) / "died"
         if (self.world.rank, self.global_step) == (rank, step) and not marker.exists():
             marker.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+            pid = os.getppid() if os.environ.get("DIE_WITH") == "parent" else os.getpid()
+            os.kill(pid, signal.Signals[os.environ.get("DIE_OF", "SIGKILL")])
         return norm
 
     def fit(self) -> None:

@@ -93,6 +93,7 @@ class RankWatch:
         }
         self._places = {rank: SharedPlace(one.place) for rank, one in self._neighbours.items()}
         world.barrier()  # all of them are open
+        world.hold_children()
         forget(path)
         self._beats: dict[int, tuple[bytes, float]] = {}
         self._num_beats, self._last_look = 0, self._clock()
@@ -151,10 +152,10 @@ class RankWatch:
             self._is_failure_known.wait(_SECONDS_TO_DIE)
             self._wake.set()
             self._is_failure_known.wait(self._timeout + 2 * _SECONDS_BETWEEN_LOOKS)
-        if self.failure is None:
-            self._tell(mine)
-        first = self.failure
-        return first if first is not None and first.rank != self._rank else None
+            if self.failure is not None:
+                return self.failure
+        self._tell(mine)
+        return None
 
     def look_now(self) -> bool:
         """Look at once. From any thread.
@@ -273,18 +274,20 @@ class RankWatch:
 
     def _tell(self, failure: RankFailure) -> None:
         """Let it be the first one, unless there is one already."""
+        is_mine, first = failure.rank == self._rank, failure
         with suppress(dist.DistError):
-            first = self._store.compare_set(_FAILURE, "", failure.to_json())
-            failure = RankFailure.from_json(first)
-        self._note(failure)
+            first = RankFailure.from_json(self._store.compare_set(_FAILURE, "", failure.to_json()))
+        # Who raises an error of its own, later than another rank, has no need of the line.
+        self._note(first, is_news=not is_mine or first.rank == self._rank)
 
-    def _note(self, failure: RankFailure) -> None:
+    def _note(self, failure: RankFailure, *, is_news: bool = True) -> None:
         with self._lock:
             if self.failure is not None:
                 return
             self.failure = failure
-            # The first line that anybody prints: what the others say is a consequence.
-            print(failure, file=sys.stderr, flush=True)
+            if is_news:
+                # The first line that anybody prints: what the others say is a consequence.
+                print(failure, file=sys.stderr, flush=True)
         self._is_failure_known.set()
         peer = self._neighbours.get(failure.rank)
         if failure.is_frozen and peer is not None and _start_of(peer.pid) == peer.started:

@@ -70,6 +70,8 @@ def running(trainer: BaseTrainer) -> Iterator[None]:
             # First: the others' collectives then fail, and they end without being ended.
             world.close()
         _guarded(watch.leave)
+        if status == "success":
+            world.release_children()
 
 
 def _guarded(call: Callable[..., Any], *args: Any) -> None:

@@ -85,6 +85,8 @@ class DreamWorld:
         # Under `fabric run` a Fabric joins the group when it is made.
         self._opened_group = not had_group and _has_group()
         self._said_overrides = False
+        self._observed: list[subprocess.Popen[bytes]] = []
+        self._children: list[subprocess.Popen[bytes]] = []
         self._background_group: Any = None
         parameters = device_parameters or DeviceParameters()
         self._timeout = timedelta(seconds=parameters.timeout_seconds)
@@ -202,12 +204,25 @@ class DreamWorld:
                 self._fabric.launch()
             self._opened_group = not had_group and _has_group()
             if isinstance(launcher := getattr(self.strategy, "launcher", None), _Subprocesses):
-                atexit.register(self._wait_for_children, launcher.procs)
+                self._observed = launcher.procs
+                self._children = list(launcher.procs)
+                atexit.register(self._wait_for_children)
         overrides = [f"{name}={os.environ[name]}" for name in _OVERRIDES if name in os.environ]
         if overrides and not self._said_overrides:
             self._said_overrides = True
             who = "fabric run" if os.environ.get("LT_CLI_USED") == "1" else "the environment"
             self.print(f"{who} overrides the device settings: {', '.join(overrides)}")
+
+    def hold_children(self) -> None:
+        """Keep the processes that `launch` started from Fabric's observer.
+
+        It kills everybody, this process too, without a word about how a child ended.
+        """
+        self._observed.clear()
+
+    def release_children(self) -> None:
+        """Let Fabric's observer look after them again."""
+        self._observed[:] = self._children
 
     def close(self) -> None:
         """Leave the process group, if `launch` joined it."""
@@ -427,13 +442,12 @@ class DreamWorld:
 
     # ------------------------------------------------------------------ inside
 
-    def _wait_for_children(self, children: list[subprocess.Popen[bytes]]) -> None:
+    def _wait_for_children(self) -> None:
         """At the end of a process that started others: nothing of the run outlives it."""
-        waiting = list(children)
-        children.clear()  # or Fabric's observer would kill this process for how a child ends
+        self.hold_children()
         self.close()  # who is still in a collective gets an error instead of waiting for us
         deadline = time.monotonic() + _SECONDS_FOR_CHILDREN
-        for child in waiting:
+        for child in self._children:
             try:
                 child.wait(max(deadline - time.monotonic(), 0))
             except subprocess.TimeoutExpired:
