@@ -52,7 +52,7 @@ class Net(nn.Module):
         self.register_buffer("scale", torch.ones(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.inner(x * self.scale)
+        x = self.inner((x * self.scale).to(x.dtype))
         for block in self.blocks:
             x = block(x)
         return self.again(self.frozen(x))
@@ -139,13 +139,17 @@ def held(kind: type[PlannedTrainer], root: str, options: dict[str, Any]) -> dict
         "val_batches": trainer.loop.val_loader.num_batches,
         "steps": trainer.global_step,
         "samples_per_step": trainer.window.size * trainer.world.dp_size * trainer.config.batch_size,
+        "rank_files": {
+            int(path.name.split("_")[2]): path.stat().st_size
+            for path in checkpoint.glob("__*.distcp")
+        },
         "on_disk": sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()),
     }
 
 
 def planned_for(plan: RunPlan, rank: int) -> dict[str, Any]:
     numbers = plan.bytes_on(rank)
-    del numbers["gathered"]
+    del numbers["gathered"], numbers["checkpoint"]
     assert plan.train is not None
     assert plan.val is not None
     return {
@@ -191,10 +195,16 @@ def check(kind: type[PlannedTrainer], size: int, devices: dict[str, Any], root: 
         "keep_last": 1,
         "keep_top_k": 0,
     }
-    real = run_ranks(size, held, kind, str(root), options)
+    # Planned first: nothing of it may reach the ranks, which are forks of this process.
     plan = plan_run(kind, tiny_config(root, **options), size, ranks_per_node=size)
+    real = run_ranks(size, held, kind, str(root), options)
     for rank, numbers in enumerate(real):
-        on_disk = numbers.pop("on_disk")
+        on_disk, files = numbers.pop("on_disk"), numbers.pop("rank_files")
         assert planned_for(plan, rank) == numbers, f"rank {rank}"
     assert plan.checkpoint_bytes is not None
-    print(plan.checkpoint_bytes, on_disk)
+    assert plan.checkpoint_bytes_on_disk is not None
+    assert plan.checkpoint_bytes < on_disk < plan.checkpoint_bytes_on_disk
+    assert plan.checkpoint_bytes_on_disk < 2 * on_disk, "the bound says nothing"
+    headers = plan.checkpoint_bytes_on_disk - plan.checkpoint_bytes
+    for rank, file_size in files.items():
+        assert file_size <= plan.bytes_on(rank)["checkpoint"] + headers, f"rank {rank}"

@@ -63,6 +63,10 @@ class TensorKind:
             shape[dim] = min(max(shape[dim] - chunk * place[name], 0), chunk)
         return math.prod(shape) * self.itemsize
 
+    def num_parts(self, sizes: Mapping[str, int]) -> int:
+        """Pieces that the tensor is cut into, empty ones among them."""
+        return math.prod(sizes[name] for _, name in self.splits)
+
     def num_without(self, sizes: Mapping[str, int], dimension: str) -> int:
         """Indices of a dimension of the mesh that get nothing of the tensor."""
         for dim, name in self.splits:

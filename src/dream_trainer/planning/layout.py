@@ -92,10 +92,6 @@ def layout_of(parameters: DeviceParameters, num_ranks: int, ranks_per_node: int)
 
 def node_problem(num_ranks: int, ranks_per_node: int) -> ConfigError | None:
     """Why so many ranks cannot be put on equal nodes, if so."""
-    if num_ranks < 1 or ranks_per_node < 1:
-        return ConfigError(
-            "plan", [f"{num_ranks} ranks, {ranks_per_node} on each node: both are above 0"]
-        )
     if num_ranks <= ranks_per_node or num_ranks % ranks_per_node == 0:
         return None
     return ConfigError(

@@ -108,16 +108,31 @@ class MemoryPlan:
             "optimizer_state": sum(map(of, known)) if len(known) == len(states) else None,
             "buffers": sum(of(model.buffers) for model in self.models),
             "window_gradients": of(self.window_gradients),
+            "checkpoint": None if self.saved is None else of(self._written(rank)),
             "gathered": max(
                 (model.gathered[1] for model in self.models if model.gathered), default=0
             ),
         }
 
     def checkpoint_bytes(self, layout: RankLayout) -> int | None:
-        """Bytes of the tensors of a checkpoint; names, plain data and headers come on top."""
+        """See `RunPlan.checkpoint_bytes`."""
         if self.saved is None:
             return None
         return whole_bytes(self.saved) + layout.num_ranks * whole_bytes(self.rank_buffers)
+
+    def checkpoint_parts(self, layout: RankLayout) -> int | None:
+        """How many pieces of tensors a checkpoint is written in."""
+        if self.saved is None:
+            return None
+        parts = sum(kind.num_parts(layout.sizes) * number for kind, number in self.saved.items())
+        return parts + layout.num_ranks * sum(self.rank_buffers.values())
+
+    def _written(self, rank: int) -> Counts:
+        """What a rank writes of a checkpoint, if no other has the same part."""
+        saved = self.saved or {}
+        # Of what is not divided rank 0's copy is written.
+        mine = {kind: number for kind, number in saved.items() if kind.splits or rank == 0}
+        return add_counts([mine, self.rank_buffers])
 
     def notes(self, layout: RankLayout) -> list[str]:
         """What is uneven, or not known."""

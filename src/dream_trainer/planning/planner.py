@@ -24,7 +24,7 @@ from dream_trainer.planning.run_plan import RunPlan
 from dream_trainer.randomness import preserved, seed_cpu
 from dream_trainer.trainer.base import BaseTrainer, BaseTrainerConfig
 from dream_trainer.trainer.loaders import adopt_loader
-from dream_trainer.world.planned_world import PlannedWorld, known_layout
+from dream_trainer.world.planned_world import PlannedWorld, known_layout, uneven_splits
 
 Config = TypeVar("Config", bound=BaseTrainerConfig)
 
@@ -57,10 +57,17 @@ def plan_run(
         RuntimeError: this process is in a process group already.
         Exception: what the trainer's own methods raise.
     """
-    problems: list[ConfigError] = []
-    if (problem := node_problem(num_ranks, ranks_per_node)) is not None:
-        problems.append(problem)
-        num_ranks, ranks_per_node = max(num_ranks, 1), max(ranks_per_node, 1)
+    if num_ranks < 1 or ranks_per_node < 1:
+        raise ConfigError(
+            "plan", [f"{num_ranks} ranks, {ranks_per_node} on each node: both must be above 0"]
+        )
+    if not isinstance(config, BaseTrainerConfig):
+        raise ConfigError(
+            "plan",
+            [f"{type(config).__name__} is no BaseTrainerConfig, so there is no loop to plan"],
+            "Derive the trainer from BaseTrainer or DreamTrainer.",
+        )
+    problems = [p for p in [node_problem(num_ranks, ranks_per_node)] if p is not None]
     resolved, is_laid_out = config.device_parameters, False
     with _collected(problems):
         resolved = known_layout(resolved).resolve(num_ranks)
@@ -115,6 +122,8 @@ class _Planner:
         try:
             self._set_up(trainer)
             self.problems += world.problems
+            splits = (uneven_splits(*one) for one in trainer.named_models().items())
+            self.problems += [problem for problem in splits if problem is not None]
             train, val, steps = self._count(trainer, world)
         except Exception as error:
             # It may be a consequence of what is known to be wrong.
@@ -149,23 +158,19 @@ class _Planner:
             _refuse(self.problems)
             raise
         except Exception as error:  # noqa: BLE001 - whatever a constructor does with values
-            self.close()
-            made = self._configured_on("cpu")
-            self.notes.append(
-                "models were made on the CPU, in full, because the meta device does not do for "
-                f"them ({type(error).__name__}: {error})"
-            )
-            return made
+            reason = f"{type(error).__name__}: {error}"
+        self.close()
+        made = self._configured_on("cpu")
+        self.notes.append(
+            f"models were made on the CPU, in full, where the meta device was not enough ({reason})"
+        )
+        return made
 
     def _configured_on(self, device: str) -> tuple[BaseTrainer, PlannedWorld]:
         given = copy.copy(self.config)
         # A trainer looks for its devices when it is made; those of the run are not here.
         given.device_parameters = DeviceParameters.SINGLE_DEVICE(accelerator="cpu")
         trainer = self.make_trainer(given)
-        if not isinstance(trainer, BaseTrainer):
-            raise ConfigError(
-                "plan", [f"{type(trainer).__name__} is no BaseTrainer, which has a loop to plan"]
-            )
         self.world = world = PlannedWorld(self.resolved, self.num_ranks, device)
         trainer.world = world
         trainer.config = config = copy.copy(self.config)

@@ -10,6 +10,9 @@ from dream_trainer.planning.holdings import whole_bytes
 from dream_trainer.planning.layout import RankLayout
 from dream_trainer.planning.memory import MemoryPlan
 
+#: Measured: what a piece of a tensor, and a rank, add to a checkpoint at most.
+_PER_PART, _PER_RANK = 2560, 32768
+
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -36,10 +39,11 @@ class RunPlan:
         """Bytes that a rank holds.
 
         Returns:
-            ``"parameters"``, ``"gradients"``, ``"optimizer_state"`` and ``"buffers"``; and for a
-            while only ``"gathered"`` (the largest part that FSDP gathers at once) and
+            ``"parameters"``, ``"gradients"``, ``"optimizer_state"`` and ``"buffers"``; for a while
+            only ``"gathered"`` (the largest part that FSDP gathers at once) and
             ``"window_gradients"`` (of an accumulation window under FSDP, before they are added up
-            over the ranks). None is not known.
+            over the ranks); and ``"checkpoint"``, what it writes of one, at most: of equal parts
+            one rank's is written. None is not known.
 
         Raises:
             IndexError: there is no such rank.
@@ -52,10 +56,17 @@ class RunPlan:
     def checkpoint_bytes(self) -> int | None:
         """Bytes of the tensors in a checkpoint; None if an optimizer's state is not known.
 
-        On disk come up to 2 KiB for each tensor and each rank's part of it on top, and up to
-        64 KiB for each rank.
+        State that callbacks keep, averaged weights for example, comes on top.
         """
         return self.memory.checkpoint_bytes(self.layout)
+
+    @property
+    def checkpoint_bytes_on_disk(self) -> int | None:
+        """Bytes of a checkpoint's files, at most: headers, names and random streams included."""
+        tensors, parts = self.checkpoint_bytes, self.memory.checkpoint_parts(self.layout)
+        if tensors is None or parts is None:
+            return None
+        return tensors + _PER_PART * parts + _PER_RANK * self.layout.num_ranks
 
     @property
     def extremes(self) -> tuple[int, ...]:
@@ -92,6 +103,7 @@ class RunPlan:
             },
             "bytes_per_rank": {str(rank): self.bytes_on(rank) for rank in self.extremes},
             "checkpoint_bytes": self.checkpoint_bytes,
+            "checkpoint_bytes_on_disk": self.checkpoint_bytes_on_disk,
             "train": self.train and asdict(self.train),
             "val": self.val and asdict(self.val),
             "steps": asdict(self.steps),

@@ -114,6 +114,7 @@ def _memory(plan: RunPlan) -> Table:
     ):
         if any(one[key] for one in held):
             table.add_row(words, *(size(one[key]) for one in held))
+    table.add_row("written for a checkpoint, at most", *(size(one["checkpoint"]) for one in held))
     table.add_row("a checkpoint, in all", size(plan.checkpoint_bytes))
     return _spaced(table)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +14,7 @@ from lightning.fabric.strategies import ModelParallelStrategy
 from lightning.fabric.strategies.strategy import _BackwardSyncControl
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.optim import Optimizer
 
@@ -188,11 +188,19 @@ class MeshStrategy(ModelParallelStrategy):
         self._setup_distributed()
         self.sizes = self.sizes.resolve(self.world_size)
         dimensions = self._dimensions
-        self._whole_mesh = init_device_mesh(
-            self.root_device.type, tuple(dimensions.values()), mesh_dim_names=tuple(dimensions)
-        )
+        self._whole_mesh = self.make_mesh(dimensions)
         above = tuple(name for name, size in dimensions.items() if size > 1)
         self._device_mesh = self._whole_mesh[above or (DP_SHARD,)]
+
+    def make_mesh(self, dimensions: Mapping[str, int]) -> DeviceMesh:
+        """A mesh over all ranks, in their order.
+
+        Args:
+            dimensions: name -> size, outermost first.
+        """
+        return init_device_mesh(
+            self.root_device.type, tuple(dimensions.values()), mesh_dim_names=tuple(dimensions)
+        )
 
     def setup_module_and_optimizers(
         self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -25,6 +27,9 @@ from dream_trainer.world.dream_world import DreamWorld
 from dream_trainer.world.mesh_strategy import TP, MeshStrategy, Parallelize
 
 T = TypeVar("T")
+#: Above the ranks of every real run.
+_NO_REAL_RANK = 1 << 16
+_plans = itertools.count()
 
 
 class PlannedWorld(DreamWorld):
@@ -40,7 +45,7 @@ class PlannedWorld(DreamWorld):
         device: what `device` answers.
 
     Attributes:
-        problems: why modules could not be laid out; `setup` collects instead of raising.
+        problems: policies that refused a module; `setup` collects them and goes on.
 
     Raises:
         ConfigError: the precision is not available here.
@@ -133,14 +138,12 @@ class PlannedWorld(DreamWorld):
         if (strategy := self._mesh_strategy) is not None:
             try:
                 (parallelize or strategy.parallelize)(module, strategy)
-            except Exception as error:
-                # Layers that do not divide are why torch gave up, whatever it says about them.
-                found = uneven_splits(module) or (error if isinstance(error, ConfigError) else None)
-                if found is None:
+            except ConfigError as error:
+                self.problems.append(error)
+            except Exception:
+                # Layers that do not divide are why torch gave up, and are named by the caller.
+                if uneven_splits("", module) is None:
                     raise
-                self.problems.append(found)
-            else:
-                self.problems += filter(None, [uneven_splits(module)])
         return (module, *optimizers) if optimizers else module
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
@@ -208,7 +211,7 @@ def known_layout(parameters: DeviceParameters) -> DeviceParameters:
     )
 
 
-def uneven_splits(module: nn.Module) -> ConfigError | None:
+def uneven_splits(model_name: str, module: nn.Module) -> ConfigError | None:
     """The parameters that tensor parallel splits into unequal parts, if there are any."""
     found = []
     for name, parameter in module.named_parameters():
@@ -221,16 +224,16 @@ def uneven_splits(module: nn.Module) -> ConfigError | None:
         placement = parameter.placements[names.index(TP)]
         if isinstance(placement, Shard) and parameter.shape[placement.dim] % size:
             found.append(
-                f"{clean_name(name)}: tensor_parallel={size} does not divide dimension "
-                f"{placement.dim} of {tuple(parameter.shape)}"
+                f"{model_name}.{clean_name(name)} of shape {tuple(parameter.shape)}: "
+                f"tensor_parallel={size} does not divide dimension {placement.dim}"
             )
     if not found:
         return None
     more = [f"and {len(found) - 3} more parameters"] if len(found) > 3 else []
     return ConfigError(
-        type(module).__name__,
+        "apply_tensor_parallel",
         [*found[:3], *more],
-        "Change these sizes, or tensor_parallel, or what apply_tensor_parallel splits.",
+        "Change these sizes, or tensor_parallel, or what is split.",
     )
 
 
@@ -243,7 +246,10 @@ def _laid_out(parameters: DeviceParameters, size: int, single: Strategy) -> Mesh
         raise RuntimeError(
             "this process is in a process group already; plan in a process that trains nothing"
         )
-    strategy = MeshStrategy(
+    # torch keeps what it worked out for a mesh, and takes a mesh of the same ranks for the same
+    # one: with ranks of their own, planned meshes leave nothing behind for real ones.
+    first = _NO_REAL_RANK + next(_plans) * size
+    strategy = _PlannedStrategy(
         dp_replicate=parameters.dp_replicate,
         dp_shard=parameters.dp_shard,
         tensor_parallel=parameters.tensor_parallel,
@@ -253,13 +259,25 @@ def _laid_out(parameters: DeviceParameters, size: int, single: Strategy) -> Mesh
     strategy.parallel_devices = [torch.device("cpu")]
     strategy.cluster_environment = _PlannedEnvironment(size)
     strategy.precision = single.precision
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    strategy.first = first
+    dist.init_process_group("fake", store=FakeStore(), rank=first, world_size=first + size)
     try:
         strategy.setup_environment()  # its launch finds a process group and makes none
     except BaseException:
         dist.destroy_process_group()
         raise
     return strategy
+
+
+class _PlannedStrategy(MeshStrategy):
+    """Its mesh begins with another rank than 0."""
+
+    first = 0
+
+    def make_mesh(self, dimensions: Mapping[str, int]) -> DeviceMesh:
+        ranks = torch.arange(self.first, self.first + self.world_size)
+        mesh = ranks.view(tuple(dimensions.values()))
+        return DeviceMesh(self.root_device.type, mesh, mesh_dim_names=tuple(dimensions))
 
 
 class _PlannedEnvironment(ClusterEnvironment):
