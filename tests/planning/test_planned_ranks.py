@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import Points, TinyTrainer, run_ranks, tiny_config
+from support import Points, RankError, TinyTrainer, run_ranks, tiny_config
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -22,11 +22,10 @@ from torch.utils.data import DataLoader
 
 from dream_trainer import RunPlan, plan_run
 from dream_trainer.callbacks import Callback
+from dream_trainer.errors import ConfigError
 from dream_trainer.world.window_gradients import window_gradients
 
 pytestmark = [pytest.mark.may_leave("rng"), pytest.mark.distributed]
-
-FIRST_CHECKPOINT = {"every_n_epochs": 1, "async_save": False}
 
 
 class Block(nn.Module):
@@ -178,11 +177,21 @@ def test_ranks_hold_and_do_what_was_planned(layout: str, tmp_path: Path) -> None
     check(PlannedTrainer, size, devices, tmp_path)
 
 
-@pytest.mark.parametrize("kind", [Momentum, PlainSgd, Factored])
+@pytest.mark.parametrize(
+    ("kind", "dp_shard"), [(Momentum, 2), (PlainSgd, 2), (Factored, 1)], ids=str
+)
 def test_the_state_of_any_optimizer_is_as_planned(
-    kind: type[PlannedTrainer], tmp_path: Path
+    kind: type[PlannedTrainer], dp_shard: int, tmp_path: Path
 ) -> None:
-    check(kind, 2, {"dp_replicate": 1, "dp_shard": 2}, tmp_path)
+    check(kind, 2, {"dp_shard": dp_shard}, tmp_path)
+
+
+def test_an_optimizer_that_ranks_cannot_step_with_is_refused(tmp_path: Path) -> None:
+    options = {"dp_shard": 2, "n_epochs": 1}
+    with pytest.raises(ConfigError, match=r"net \(Adafactor\) cannot step"):
+        plan_run(Factored, tiny_config(tmp_path, **options), 2)
+    with pytest.raises(RankError, match="in-place operations that require placement changes"):
+        run_ranks(2, held, Factored, str(tmp_path), options)
 
 
 def check(kind: type[PlannedTrainer], size: int, devices: dict[str, Any], root: Path) -> None:

@@ -17,6 +17,7 @@ from dream_trainer.planning.holdings import (
     count_kinds,
     gathered_parts,
     local_bytes,
+    size,
     state_counts,
     whole_bytes,
 )
@@ -146,6 +147,12 @@ class MemoryPlan:
                     f"{worst.shape[0]} rows are cut into {shard - worst.ranks} chunks"
                     + (f"; some hold nothing of {others} other parameters, too" if others else "")
                 )
+        if self.window_gradients:
+            whole = local_bytes(self.window_gradients, layout.sizes, layout.coordinate(0))
+            notes.append(
+                "between the batches of a step FSDP keeps gradients that dp_shard does not divide, "
+                f"{size(whole)} on each rank; one larger batch per step needs none"
+            )
         notes += [
             f"the state of optimizer {one.name} ({one.type}) is not known: its step needs values"
             for one in self.optimizers

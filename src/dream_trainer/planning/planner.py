@@ -21,6 +21,7 @@ from dream_trainer.planning.epochs import (
 from dream_trainer.planning.layout import layout_notes, layout_of, node_problem
 from dream_trainer.planning.memory import measure
 from dream_trainer.planning.run_plan import RunPlan
+from dream_trainer.planning.trial_step import step_problem
 from dream_trainer.randomness import preserved, seed_cpu
 from dream_trainer.trainer.base import BaseTrainer, BaseTrainerConfig
 from dream_trainer.trainer.loaders import adopt_loader
@@ -123,15 +124,16 @@ class _Planner:
             self._set_up(trainer)
             self.problems += world.problems
             splits = (uneven_splits(*one) for one in trainer.named_models().items())
-            self.problems += [problem for problem in splits if problem is not None]
-            train, val, steps = self._count(trainer, world)
+            steps = (step_problem(*one) for one in trainer.named_optimizers().items())
+            self.problems += [problem for problem in (*splits, *steps) if problem is not None]
+            train, val, counted = self._count(trainer, world)
         except Exception as error:
             # It may be a consequence of what is known to be wrong.
             _refuse(self.problems, error)
             raise
         _refuse(self.problems)
         layout = layout_of(self.resolved, self.num_ranks, ranks_per_node)
-        is_accumulating = steps.accumulation is not None and steps.accumulation > 1
+        is_accumulating = counted.accumulation is not None and counted.accumulation > 1
         memory = measure(trainer, world, layout, is_accumulating=is_accumulating)
         return RunPlan(
             layout=layout,
@@ -139,7 +141,7 @@ class _Planner:
             memory=memory,
             train=train,
             val=val,
-            steps=steps,
+            steps=counted,
             epochs=self.config.training_parameters.n_epochs,
             notes=(*layout_notes(layout), *memory.notes(layout), *self.notes),
         )

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dream_trainer.planning.epochs import LoaderPlan
-from dream_trainer.planning.holdings import whole_bytes
+from dream_trainer.planning.holdings import size, whole_bytes
 from dream_trainer.planning.run_plan import RunPlan
 
 _NOT_COUNTED = (
@@ -31,18 +31,6 @@ def as_text(plan: RunPlan) -> str:
     print_plan(plan, console)
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in text.splitlines())
-
-
-def size(number: int | None) -> str:
-    """Bytes for people: ``"2.52 GiB"``; exact below 1 KiB."""
-    if number is None:
-        return "unknown"
-    value, unit = float(number), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB", "PiB"):
-        if value < 1000:
-            break
-        value, unit = value / 1024, larger
-    return f"{number} B" if unit == "B" else f"{value:.3g} {unit}"
 
 
 def _parts(plan: RunPlan) -> Iterator[RenderableType]:
@@ -94,7 +82,8 @@ def _models(plan: RunPlan) -> Table:
 
 def _memory(plan: RunPlan) -> Table:
     ranks = plan.extremes
-    names = [f"rank {rank}" for rank in ranks] if len(ranks) > 1 else ["each rank"]
+    most, *least = ranks
+    names = [f"rank {most}, most", *(f"rank {r}, least" for r in least)] if least else ["each rank"]
     held = [plan.bytes_on(rank) for rank in ranks]
     kinds = ", ".join(dict.fromkeys(one.type for one in plan.memory.optimizers))
     table = _table("Memory", *names)
@@ -110,7 +99,7 @@ def _memory(plan: RunPlan) -> Table:
     table.add_row("in all", *map(size, totals), style="bold")
     for key, words in (
         ("gathered", "and for a while: the largest part, gathered"),
-        ("window_gradients", "and inside a window: its gradients, not sharded"),
+        ("window_gradients", "and between batches of a step: gradients, whole"),
     ):
         if any(one[key] for one in held):
             table.add_row(words, *(size(one[key]) for one in held))
