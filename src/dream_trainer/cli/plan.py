@@ -67,14 +67,15 @@ def plan(trainer_class: Any, config: Any, given: argparse.Namespace) -> RunPlan:
     from rich.console import Console
 
     from dream_trainer.planning import plan_run
-    from dream_trainer.planning.table import print_plan
+    from dream_trainer.planning.table import as_text, print_plan
 
     # What a trainer prints while it is made would come between the numbers.
     with contextlib.redirect_stdout(sys.stderr):
         made = plan_run(trainer_class, config, given.ranks, ranks_per_node=given.ranks_per_node)
     if given.json:
         print(json.dumps(made.as_dict(), indent=2))
+    elif sys.stdout.isatty():
+        print_plan(made, Console())
     else:
-        width = None if sys.stdout.isatty() else _PLAIN_WIDTH
-        print_plan(made, Console(file=sys.stdout, width=width))
+        print(as_text(made, _PLAIN_WIDTH))
     return made

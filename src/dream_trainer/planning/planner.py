@@ -143,8 +143,13 @@ class _Planner:
             val=val,
             steps=counted,
             epochs=self.config.training_parameters.n_epochs,
-            notes=(*layout_notes(layout), *memory.notes(layout), *self.notes),
+            notes=(*self._offloaded(), *layout_notes(layout), *memory.notes(layout), *self.notes),
         )
+
+    def _offloaded(self) -> list[str]:
+        if not self.resolved.cpu_offload:
+            return []
+        return ["parameters, gradients and optimizer state are in CPU memory (cpu_offload)"]
 
     def close(self) -> None:
         """Leave the fake process group."""

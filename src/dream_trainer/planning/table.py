@@ -25,9 +25,9 @@ def print_plan(plan: RunPlan, console: Console) -> None:
         console.print(part)
 
 
-def as_text(plan: RunPlan) -> str:
-    """A plan in plain text."""
-    console = Console(file=io.StringIO(), width=80, color_system=None)
+def as_text(plan: RunPlan, width: int = 80) -> str:
+    """A plan in plain text, in lines of so many columns where names allow it."""
+    console = Console(file=io.StringIO(), width=width, color_system=None)
     print_plan(plan, console)
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in text.splitlines())
