@@ -28,6 +28,7 @@ PROMISED = {
     "dream_trainer.checkpointing": ("Checkpointer", "export_checkpoint"),
     "dream_trainer.callbacks": ("Callback",),
     "dream_trainer.cli": ("DreamCLI",),
+    "dream_trainer.planning": ("RunPlan", "plan_run"),
     "dream_trainer.verification": ("ResumeReport", "verify_resume"),
 }
 NAMES = [(module, name) for module, names in PROMISED.items() for name in names]

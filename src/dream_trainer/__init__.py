@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dream_trainer.cli import DreamCLI
     from dream_trainer.configs import CheckpointParameters, DeviceParameters, TrainingParameters
     from dream_trainer.data import ResumableLoader
+    from dream_trainer.planning import RunPlan, plan_run
     from dream_trainer.trainer import (
         AbstractTrainer,
         AbstractTrainerConfig,
@@ -45,6 +46,7 @@ _HOMES = {
     "cli": ("DreamCLI",),
     "configs": ("CheckpointParameters", "DeviceParameters", "TrainingParameters"),
     "data": ("ResumableLoader",),
+    "planning": ("RunPlan", "plan_run"),
     "trainer": (
         "AbstractTrainer",
         "AbstractTrainerConfig",
@@ -79,8 +81,10 @@ __all__ = [
     "ProgressBar",
     "ResumableLoader",
     "ResumeReport",
+    "RunPlan",
     "TrainingParameters",
     "export_checkpoint",
+    "plan_run",
     "verify_resume",
 ]
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dream_trainer.cli.export import add_export_command
+from dream_trainer.cli.plan import PLAN_HELP
 from dream_trainer.errors import ConfigError
 
 
@@ -58,12 +59,13 @@ def command_parser(prog: str, target: bool) -> argparse.ArgumentParser:
         epilog=f"'{prog} {words} --help' lists the options of a command.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, command in COMMANDS.items():
+    helps = {name: command.help for name, command in COMMANDS.items()} | {"plan": PLAN_HELP}
+    for name, words_of_help in helps.items():
         one = commands.add_parser(
             name,
             prog=f"{prog} {name}",
-            help=command.help,
-            description=command.help,
+            help=words_of_help,
+            description=words_of_help,
             allow_abbrev=False,
             usage=f"{prog} {name} {'MODULE:CLASS ' if target else ''}[options]",
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dream_trainer.cli.commands import COMMANDS, command_parser
 from dream_trainer.cli.messages import exit_statuses, first_rank_speaks
+from dream_trainer.cli.plan import plan, split_plan_options
 
 if TYPE_CHECKING:
     from dream_trainer.trainer import AbstractTrainer
@@ -32,7 +33,7 @@ class DreamCLI:
     Attributes:
         subcommand: the name of the subcommand.
         config: the configuration.
-        trainer: the trainer, made from ``config``.
+        trainer: the trainer, made from ``config``; None for ``plan``, which makes its own.
         result: what the subcommand returned; None before it has run.
 
     Raises:
@@ -53,6 +54,12 @@ class DreamCLI:
         prog = prog or f"{Path(sys.argv[0]).name} {{}}"
         with exit_statuses(prog.partition(" ")[0]):
             self._parse(trainer_class, words, prog)
+            if self.subcommand == "plan":
+                # For a trainer of this process the devices of the run would have to be here.
+                self.trainer = None
+                if run:
+                    self.result = plan(trainer_class, self.config, self._plan_options)
+                return
             self.trainer = trainer_class(self.config)
             if hasattr(self.trainer, "describe_config"):
                 self.trainer.describe_config = self._describe
@@ -64,6 +71,9 @@ class DreamCLI:
             # It looks at the first word alone: the others belong to the subcommand.
             commands = command_parser(prog.partition(" ")[0], target=False)
             self.subcommand: str = commands.parse_args(words[:1]).command
+            words = words[1:]
+            if self.subcommand == "plan":
+                self._plan_options, words = split_plan_options(words, prog.replace("{}", "plan"))
             # Here, because `dream-trainer --help` needs none of it.
             from dream_trainer.cli.config_class import config_class_of
             from dream_trainer.cli.config_parser import ConfigParser
@@ -71,7 +81,7 @@ class DreamCLI:
             self._parser = ConfigParser(
                 config_class_of(trainer_class), prog.replace("{}", self.subcommand)
             )
-            self._namespace = self._parser.parse(words[1:])
+            self._namespace = self._parser.parse(words)
         self.config: Any = self._parser.instantiate(self._namespace)
 
     def _describe(self, config: Any) -> str:
