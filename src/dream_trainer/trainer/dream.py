@@ -21,8 +21,8 @@ from dream_trainer.data import ResumableLoader
 from dream_trainer.errors import ConfigError
 from dream_trainer.trainer.base import BaseTrainer, BaseTrainerConfig
 from dream_trainer.world import MeshStrategy
+from dream_trainer.world.blocks import blocks_of, shard_blocks
 from dream_trainer.world.component_state import parameter_names
-from dream_trainer.world.mesh_strategy import blocks_of, shard_blocks
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric

@@ -40,6 +40,7 @@ from dream_trainer.world.gradient_norm import clip_to_norm
 from dream_trainer.world.gradient_sync import fix_bucket_order, no_gradient_sync
 from dream_trainer.world.mesh_strategy import MeshStrategy, Parallelize
 from dream_trainer.world.strategy import fabric_arguments
+from dream_trainer.world.wrapped_module import improved, requiring_gradients
 
 T = TypeVar("T")
 _NOTHING = nullcontext()
@@ -224,19 +225,18 @@ class DreamWorld:
         strategy = self.strategy
         trains = any(parameter.requires_grad for parameter in module.parameters())
         if isinstance(strategy, DDPStrategy) and not trains and not optimizers:
-            # DDP refuses a module without gradients; a frozen teacher or a loss has none.
-            module = strategy.precision.convert_module(module)
-            strategy.module_to_device(module)
-            return _FabricModule(module, strategy, original_module=module)
+            return improved(self._set_up_frozen(module))
         if not isinstance(strategy, MeshStrategy) or parallelize is None:
             wrapped = self._fabric.setup(module, *optimizers)
-            fix_bucket_order(wrapped[0] if optimizers else wrapped)
-            return wrapped
-        default, strategy.parallelize = strategy.parallelize, parallelize
-        try:
-            return self._fabric.setup(module, *optimizers)
-        finally:
-            strategy.parallelize = default
+        else:
+            default, strategy.parallelize = strategy.parallelize, parallelize
+            try:
+                wrapped = self._fabric.setup(module, *optimizers)
+            finally:
+                strategy.parallelize = default
+        own = improved(wrapped[0] if optimizers else wrapped)
+        fix_bucket_order(own)
+        return wrapped
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
         """Wrap an optimizer so that its step goes through strategy and precision."""
@@ -414,6 +414,17 @@ class DreamWorld:
             print(*args, **{"flush": True, **kwargs})
 
     # ------------------------------------------------------------------ inside
+
+    def _set_up_frozen(self, module: nn.Module) -> _FabricModule:
+        """DDP refuses a module without gradients; a frozen teacher or a loss has none."""
+        floating = [p for p in module.parameters() if p.is_floating_point()]
+        if not floating:
+            module = self.strategy.precision.convert_module(module)
+            self.strategy.module_to_device(module)
+            return _FabricModule(module, self.strategy, original_module=module)
+        # DDP holds a buffer for what it reduces, so it gets the smallest until more is unfrozen.
+        with requiring_gradients([min(floating, key=Tensor.numel)], [True]):
+            return self._fabric.setup(module)  # type: ignore[no-any-return]
 
     def _data_parallel(self) -> tuple[int, int]:
         strategy = self.strategy

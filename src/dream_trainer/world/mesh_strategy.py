@@ -15,13 +15,14 @@ from lightning.fabric.strategies.strategy import _BackwardSyncControl
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.optim import Optimizer
 
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.configs.device import Size
 from dream_trainer.errors import StateError
 from dream_trainer.storage import Ranks, flatten, read_tree, save_directory
+from dream_trainer.world.blocks import shard_blocks
 from dream_trainer.world.component_state import (
     gradients,
     load_module_state,
@@ -40,28 +41,6 @@ DP_REPLICATE, DP_SHARD, TP = "dp_replicate", "dp_shard", "tp"
 
 #: Applies parallelism to a module: ``parallelize(module, strategy) -> module``.
 Parallelize = Callable[[nn.Module, "MeshStrategy"], nn.Module]
-
-
-def blocks_of(module: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a model: the children of its largest ``ModuleList`` objects.
-
-    Largest by parameters; lists of the same size count alike. Empty if there is no list.
-    """
-    lists = [part for part in module.modules() if isinstance(part, nn.ModuleList) and len(part)]
-    sizes = [sum(p.numel() for p in part.parameters()) for part in lists]
-    return [
-        block
-        for part, size in zip(lists, sizes, strict=True)
-        if size == max(sizes)
-        for block in part
-    ]
-
-
-def shard_blocks(module: nn.Module, **fsdp_arguments: Any) -> None:
-    """Default sharding policy: each block on its own, then the root."""
-    for block in blocks_of(module):
-        fully_shard(block, **fsdp_arguments)
-    fully_shard(module, **fsdp_arguments)
 
 
 def _parallelize(module: nn.Module, strategy: MeshStrategy) -> nn.Module:
