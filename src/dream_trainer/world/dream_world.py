@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +17,7 @@ from lightning.fabric.strategies import (
     DDPStrategy,
     ModelParallelStrategy,
     ParallelStrategy,
+    SingleDeviceStrategy,
     Strategy,
 )
 from lightning.fabric.wrappers import _FabricModule, _FabricOptimizer
@@ -38,6 +39,8 @@ from dream_trainer.world.component_state import gradients, unsharded_norm
 from dream_trainer.world.dream_fabric import DreamFabric
 from dream_trainer.world.gradient_norm import clip_to_norm
 from dream_trainer.world.gradient_sync import fix_bucket_order, no_gradient_sync
+from dream_trainer.world.materialize import initialize as initialize_modules
+from dream_trainer.world.materialize import layers_on_meta, materialize
 from dream_trainer.world.mesh_strategy import MeshStrategy, Parallelize
 from dream_trainer.world.strategy import fabric_arguments
 from dream_trainer.world.wrapped_module import improved, requiring_gradients
@@ -209,6 +212,7 @@ class DreamWorld:
         module: nn.Module,
         *optimizers: Optimizer,
         parallelize: Parallelize | None = None,
+        initialize: bool = True,
     ) -> Any:
         """Place a module on the device and wrap it for the strategy.
 
@@ -218,25 +222,55 @@ class DreamWorld:
             module: a module that was not set up before.
             *optimizers: its optimizers, if they exist already.
             parallelize: how ``MeshStrategy`` shards this module, instead of its default.
+            initialize: initialise what was made on the meta device with the layers' own
+                ``reset_parameters``; if False, call `initialize` afterwards.
 
         Returns:
             The wrapped module, or a tuple of it and the wrapped optimizers, as Fabric does.
         """
         strategy = self.strategy
+        layers = layers_on_meta(module)
+        if layers and isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+            materialize(module, self.device, self.device)
+            if initialize:
+                initialize_modules(strategy, {"": module}, layers)
         trains = any(parameter.requires_grad for parameter in module.parameters())
         if isinstance(strategy, DDPStrategy) and not trains and not optimizers:
             return improved(self._set_up_frozen(module))
-        if not isinstance(strategy, MeshStrategy) or parallelize is None:
+        if not isinstance(strategy, MeshStrategy):
             wrapped = self._fabric.setup(module, *optimizers)
         else:
-            default, strategy.parallelize = strategy.parallelize, parallelize
+            default = strategy.parallelize, strategy.initializes_modules
+            strategy.parallelize = parallelize or strategy.parallelize
+            strategy.initializes_modules = initialize
             try:
                 wrapped = self._fabric.setup(module, *optimizers)
             finally:
-                strategy.parallelize = default
+                strategy.parallelize, strategy.initializes_modules = default
         own = improved(wrapped[0] if optimizers else wrapped)
         fix_bucket_order(own)
         return wrapped
+
+    def initialize(
+        self,
+        modules: Mapping[str, nn.Module],
+        layers: Iterable[nn.Module],
+        init_weights: Callable[[], None],
+    ) -> None:
+        """Initialise modules that were made on the meta device, once they are set up.
+
+        The values are, to the bit, those of one device with the generators of rank 0. A
+        collective.
+
+        Args:
+            modules: by name, as they were made.
+            layers: those to call ``reset_parameters`` of, before the other.
+            init_weights: writes parameters and buffers in place.
+
+        Raises:
+            ConfigError: naming each parameter and buffer that is on meta or was never written.
+        """
+        initialize_modules(self.strategy, modules, layers, init_weights)
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
         """Wrap an optimizer so that its step goes through strategy and precision."""

@@ -15,7 +15,7 @@ from lightning.fabric.strategies.strategy import _BackwardSyncControl
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from torch.optim import Optimizer
 
 from dream_trainer.configs import DeviceParameters
@@ -36,6 +36,7 @@ from dream_trainer.world.component_state import (
 )
 from dream_trainer.world.gradient_norm import clip_to_norm
 from dream_trainer.world.gradient_sync import no_gradient_sync
+from dream_trainer.world.materialize import initialize, layers_on_meta, materialize
 
 DP_REPLICATE, DP_SHARD, TP = "dp_replicate", "dp_shard", "tp"
 
@@ -83,6 +84,9 @@ class MeshStrategy(ModelParallelStrategy):
             each block of the largest ``ModuleList``, then the root.
         cpu_offload: keep shards in CPU memory between uses.
         timeout: how long a collective waits for the other ranks.
+
+    Attributes:
+        initializes_modules: whether ``setup_module`` initialises what was on the meta device.
     """
 
     def __init__(
@@ -103,6 +107,7 @@ class MeshStrategy(ModelParallelStrategy):
         )
         self.parallelize = parallelize
         self.cpu_offload = cpu_offload
+        self.initializes_modules = True
         self._backward_sync_control = _GradientSyncControl()
 
     @property
@@ -172,6 +177,28 @@ class MeshStrategy(ModelParallelStrategy):
         )
         above = tuple(name for name, size in dimensions.items() if size > 1)
         self._device_mesh = self._whole_mesh[above or (DP_SHARD,)]
+
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        """Apply ``parallelize``; give what was made on the meta device memory and values.
+
+        Only the own shards get memory. Layers are initialised by their ``reset_parameters``, to
+        the values they would have on one device.
+
+        Raises:
+            ConfigError: something on the meta device is initialised by no layer.
+        """
+        layers = layers_on_meta(module)
+        module = self.parallelize(module, self)
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"parallelize returned a {type(module).__name__}, not a module")
+        if not layers:
+            is_placed = any(isinstance(part, FSDPModule) for part in module.modules())
+            return module if is_placed else module.to(self.root_device)
+        cpu = torch.device("cpu")
+        materialize(module, self.root_device, cpu if self.cpu_offload else self.root_device)
+        if self.initializes_modules:
+            initialize(self, {"": module}, layers)
+        return module
 
     def setup_module_and_optimizers(
         self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
