@@ -336,7 +336,8 @@ class DreamWorld:
             on every rank.
         """
         raw: Optimizer = unwrap(optimizer)
-        if max_norm is not None and not isinstance(self.strategy, ModelParallelStrategy):
+        plain = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
+        if max_norm is not None and not isinstance(self.strategy, plain):
             norm = self.strategy.clip_gradients_norm(
                 module if module is not None else nn.Identity(),
                 raw,
@@ -345,7 +346,11 @@ class DreamWorld:
                 error_if_nonfinite=error_if_nonfinite,
             )
             return unsharded_norm(norm)
-        self.strategy.precision.unscale_gradients(raw)
+        precision = self.strategy.precision
+        if (scaler := getattr(precision, "scaler", None)) is not None:
+            scaler.unscale_(raw)  # Fabric refuses fused optimizers, which torch can do
+        else:
+            precision.unscale_gradients(raw)
         grads = gradients([raw])
         norm = clip_to_norm(
             grads, max_norm, norm_type=norm_type, error_if_nonfinite=error_if_nonfinite

@@ -12,7 +12,6 @@ import torch
 from lightning.fabric.plugins.precision import MixedPrecision, Precision
 from lightning.fabric.strategies import ModelParallelStrategy
 from lightning.fabric.strategies.strategy import _BackwardSyncControl
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
@@ -37,6 +36,7 @@ from dream_trainer.world.component_state import (
 from dream_trainer.world.gradient_norm import clip_to_norm
 from dream_trainer.world.gradient_sync import no_gradient_sync
 from dream_trainer.world.materialize import initialize, layers_on_meta, materialize
+from dream_trainer.world.sharded_precision import ShardedMixedPrecision, ShardedPrecision
 
 DP_REPLICATE, DP_SHARD, TP = "dp_replicate", "dp_shard", "tp"
 
@@ -56,17 +56,6 @@ class _GradientSyncControl(_BackwardSyncControl):
         return no_gradient_sync([module]) if enabled else nullcontext()
 
 
-class _ShardedMixedPrecision(Precision):
-    """Outputs of a model in float32, as autocast gives them; the rest is FSDP2's policy."""
-
-    def convert_output(self, data: Any) -> Any:
-        # In the policy it would hold for every block, between layers that compute in half.
-        full = torch.get_default_dtype()
-        return apply_to_collection(
-            data, torch.Tensor, lambda t: t.to(full) if t.is_floating_point() else t
-        )
-
-
 class MeshStrategy(ModelParallelStrategy):
     """Shard models with FSDP2, replicate shards (HSDP), split layers (tensor parallel).
 
@@ -82,6 +71,10 @@ class MeshStrategy(ModelParallelStrategy):
         tensor_parallel: ranks one layer is split over; needs a ``parallelize`` of your own.
         parallelize: applies parallelism to each module given to ``setup``; the default shards
             each block of the largest ``ModuleList``, then the root.
+        param_dtype: what parameters and inputs are cast to for computing; by default what
+            ``precision`` says, half for ``"bf16-mixed"`` and ``"16-mixed"``.
+        reduce_dtype: what gradients are reduced in; by default float32 in mixed precision, the
+            type of the parameters otherwise.
         cpu_offload: keep shards in CPU memory between uses.
         timeout: how long a collective waits for the other ranks.
 
@@ -96,9 +89,12 @@ class MeshStrategy(ModelParallelStrategy):
         tensor_parallel: Size = 1,
         *,
         parallelize: Parallelize = _parallelize,
+        param_dtype: torch.dtype | None = None,
+        reduce_dtype: torch.dtype | None = None,
         cpu_offload: bool = False,
         timeout: timedelta = timedelta(seconds=600),
     ) -> None:
+        self.param_dtype, self.reduce_dtype = param_dtype, reduce_dtype
         super().__init__(
             parallelize_fn=lambda module, mesh: self.parallelize(module, self), timeout=timeout
         )
@@ -113,11 +109,14 @@ class MeshStrategy(ModelParallelStrategy):
     @property
     def precision(self) -> Precision:
         """The precision plugin. Mixed precision is FSDP2's own, so no autocast on top of it."""
-        is_mixed = isinstance(self._precision, MixedPrecision)
-        return _ShardedMixedPrecision() if is_mixed else super().precision
+        return super().precision
 
     @precision.setter
     def precision(self, precision: Precision | None) -> None:
+        if isinstance(precision, MixedPrecision):
+            precision = ShardedMixedPrecision(precision)
+        elif self.param_dtype is not None and type(precision) in (Precision, type(None)):
+            precision = ShardedPrecision()
         self._precision = precision
 
     @property
@@ -126,15 +125,22 @@ class MeshStrategy(ModelParallelStrategy):
         return "32-true" if self._precision is None else str(self._precision.precision)
 
     @property
+    def mixed_precision_policy(self) -> MixedPrecisionPolicy:
+        """In what FSDP2 computes, and in what it reduces gradients."""
+        parameters, reductions = self.param_dtype, self.reduce_dtype
+        if isinstance(self._precision, MixedPrecision):
+            half = torch.bfloat16 if self.precision_name.startswith("bf16") else torch.float16
+            parameters, reductions = parameters or half, reductions or torch.float32
+        return MixedPrecisionPolicy(param_dtype=parameters, reduce_dtype=reductions)
+
+    @property
     def fsdp_arguments(self) -> dict[str, Any]:
         """Arguments of ``fully_shard`` for this mesh, precision and offload setting."""
         names = [name for name in (DP_REPLICATE, DP_SHARD) if name in self._dimensions]
         arguments: dict[str, Any] = {"mesh": self._whole_mesh[tuple(names)]}
-        if isinstance(self._precision, MixedPrecision):
-            half = torch.bfloat16 if self.precision_name.startswith("bf16") else torch.float16
-            arguments["mp_policy"] = MixedPrecisionPolicy(
-                param_dtype=half, reduce_dtype=torch.float32
-            )
+        policy = self.mixed_precision_policy
+        if policy != MixedPrecisionPolicy():
+            arguments["mp_policy"] = policy
         if self.cpu_offload:
             arguments["offload_policy"] = CPUOffloadPolicy()
         return arguments

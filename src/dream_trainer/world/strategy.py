@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import warnings
 from datetime import timedelta
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.precision import DoublePrecision, MixedPrecision
 from lightning.fabric.strategies import DDPStrategy
 
 from dream_trainer.configs import DeviceParameters
@@ -39,11 +41,24 @@ def fabric_arguments(parameters: DeviceParameters) -> dict[str, Any]:
             cpu_offload=parameters.cpu_offload,
             timeout=timeout,
         )
-        return common | {"strategy": strategy}
+        return common | {"strategy": strategy} | _mesh_precision(parameters)
     parameters.resolve(local * nodes)  # sizes that cannot work are refused before anything starts
     if local * nodes == 1:
         return common | {"strategy": "auto"}
     return common | {"strategy": DDPStrategy(timeout=timeout)}
+
+
+def _mesh_precision(parameters: DeviceParameters) -> dict[str, Any]:
+    """Precisions that Fabric has for one device, but refuses by name for sharded strategies."""
+    if parameters.precision == "64-true":
+        return {"precision": None, "plugins": [DoublePrecision()]}
+    if parameters.precision == "16-mixed":
+        if parameters.accelerator == "cpu" or not torch.cuda.is_available():
+            # What Fabric does on one CPU, so that one and several give the same.
+            warnings.warn("16-mixed on the CPU is not supported: bf16-mixed instead", stacklevel=2)
+            return {"precision": "bf16-mixed"}
+        return {"precision": None, "plugins": [MixedPrecision("16-mixed", "cuda")]}
+    return {}
 
 
 def local_processes(parameters: DeviceParameters) -> int:
