@@ -42,11 +42,13 @@ from dream_trainer.world.gradient_sync import fix_bucket_order, no_gradient_sync
 from dream_trainer.world.materialize import initialize as initialize_modules
 from dream_trainer.world.materialize import layers_on_meta, materialize
 from dream_trainer.world.mesh_strategy import MeshStrategy, Parallelize
-from dream_trainer.world.strategy import fabric_arguments
+from dream_trainer.world.strategy import fabric_arguments, refusal
 from dream_trainer.world.wrapped_module import improved, requiring_gradients
 
 T = TypeVar("T")
 _NOTHING = nullcontext()
+#: Strategies that leave parameters and gradients as torch has them, whole or as DTensors.
+_PLAIN = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
 #: Fabric lets these win over its arguments without a word.
 _OVERRIDES = ("LT_ACCELERATOR", "LT_STRATEGY", "LT_DEVICES", "LT_NUM_NODES", "LT_PRECISION")
 
@@ -72,11 +74,12 @@ class DreamWorld:
         fabric: Fabric | None = None,
     ) -> None:
         if fabric is None:
-            arguments = fabric_arguments(device_parameters or DeviceParameters())
+            asked = device_parameters or DeviceParameters()
+            arguments = fabric_arguments(asked)
             try:
                 fabric = DreamFabric(**arguments)
-            except (ValueError, RuntimeError, TypeError) as error:
-                raise ConfigError("device_parameters", [str(error)]) from error
+            except (ValueError, RuntimeError, TypeError, ImportError) as error:
+                raise refusal(asked, error) from error
         self._fabric = fabric
         self._opened_group = False
         self._background_group: Any = None
@@ -270,6 +273,12 @@ class DreamWorld:
         Raises:
             ConfigError: naming each parameter and buffer that is on meta or was never written.
         """
+        if not isinstance(self.strategy, _PLAIN):
+            raise ConfigError(
+                "configure_models",
+                [f"under {type(self.strategy).__name__} models cannot be made on the meta device"],
+                "Use DDP or dp_shard, or make them on the CPU.",
+            )
         initialize_modules(self.strategy, modules, layers, init_weights)
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
@@ -336,8 +345,7 @@ class DreamWorld:
             on every rank.
         """
         raw: Optimizer = unwrap(optimizer)
-        plain = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
-        if max_norm is not None and not isinstance(self.strategy, plain):
+        if max_norm is not None and not isinstance(self.strategy, _PLAIN):
             norm = self.strategy.clip_gradients_norm(
                 module if module is not None else nn.Identity(),
                 raw,

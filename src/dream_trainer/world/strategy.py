@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.precision import DoublePrecision, MixedPrecision
-from lightning.fabric.strategies import DDPStrategy
+from lightning.fabric.strategies import STRATEGY_REGISTRY, DDPStrategy
 
 from dream_trainer.configs import DeviceParameters
+from dream_trainer.errors import ConfigError
 from dream_trainer.world.mesh_strategy import MeshStrategy
 
 
@@ -46,6 +47,30 @@ def fabric_arguments(parameters: DeviceParameters) -> dict[str, Any]:
     if local * nodes == 1:
         return common | {"strategy": "auto"}
     return common | {"strategy": DDPStrategy(timeout=timeout)}
+
+
+def refusal(parameters: DeviceParameters, error: Exception) -> ConfigError:
+    """What Fabric said when it could not be built, in two lines: why not, and what can be used."""
+    name = parameters.strategy if isinstance(parameters.strategy, str) else None
+    why = " ".join(str(error).split())
+    if name is not None and name in STRATEGY_REGISTRY:
+        family = next((f for f in _FAMILIES if name.startswith(f)), None)
+        reason, instead = _FAMILIES.get(family or "", ("", ""))
+        return ConfigError("device_parameters", [f"strategy={name!r}: {reason or why}"], instead)
+    instead = f"Names: {', '.join(['auto', *STRATEGY_REGISTRY])}." if name else ""
+    return ConfigError("device_parameters", [why], instead)
+
+
+_SHARDED = "dp_shard=2 or more shards by FSDP2 and runs on the CPU, too."
+_TPU = "it needs torch_xla and a TPU", "Leave strategy out: the sizes choose one that runs here."
+#: Start of a name in Fabric's registry -> what it needs, and what there is instead.
+_FAMILIES = {
+    "fsdp": ("FSDP1 needs a GPU", f"Leave strategy out: {_SHARDED}"),
+    "deepspeed": ("it needs the package deepspeed and a GPU", f"Install it, or: {_SHARDED}"),
+    "xla": _TPU,
+    "single_xla": _TPU,
+    "single_tpu": _TPU,
+}
 
 
 def _mesh_precision(parameters: DeviceParameters) -> dict[str, Any]:
