@@ -60,4 +60,4 @@ def _callable(module: nn.Module) -> Iterator[nn.Module]:
 def _registered(module: nn.Module) -> Iterator[nn.Parameter]:
     """Parameters, as often as different modules hold them."""
     for part in module.modules():
-        yield from (p for p in part._parameters.values() if p is not None)
+        yield from part.parameters(recurse=False)

@@ -39,22 +39,20 @@ def materialize(module: nn.Module, device: torch.device, parameter_device: torch
         device: where buffers go.
         parameter_device: where sharded parameters go.
     """
-    made: dict[int, Tensor] = {}
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # the old ones stay alive, so ids are theirs
     for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None and parameter.is_meta:
-                if id(parameter) not in made:
-                    target = parameter_device if isinstance(parameter, DTensor) else device
-                    empty = _unwritten(torch.empty_like(parameter.detach(), device=target))
-                    made[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
-                    made[-id(parameter)] = parameter  # alive, or its id could come again
-                part._parameters[name] = made[id(parameter)]  # type: ignore[assignment]
-        for name, buffer in part._buffers.items():
-            if buffer is not None and buffer.is_meta:
-                if id(buffer) not in made:
-                    made[id(buffer)] = _unwritten(torch.empty_like(buffer, device=device))
-                    made[-id(buffer)] = buffer
-                part._buffers[name] = made[id(buffer)]
+        own = dict(part.named_parameters(recurse=False, remove_duplicate=False))
+        own |= dict(part.named_buffers(recurse=False, remove_duplicate=False))  # type: ignore[arg-type]
+        for name, tensor in own.items():
+            if not tensor.is_meta:
+                continue
+            if id(tensor) not in made:
+                target = parameter_device if isinstance(tensor, DTensor) else device
+                new = _unwritten(torch.empty_like(tensor.detach(), device=target))
+                if isinstance(tensor, nn.Parameter):
+                    new = nn.Parameter(new, tensor.requires_grad)
+                made[id(tensor)] = tensor, new
+            setattr(part, name, made[id(tensor)][1])
     if any(isinstance(part, FSDPModule) for part in module.modules()):
         module._apply(lambda tensor: tensor)  # FSDP2 looks at its parameters anew
 

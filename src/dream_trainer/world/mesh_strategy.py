@@ -142,7 +142,8 @@ class MeshStrategy(ModelParallelStrategy):
         if policy != MixedPrecisionPolicy():
             arguments["mp_policy"] = policy
         if self.cpu_offload:
-            arguments["offload_policy"] = CPUOffloadPolicy()
+            on_cuda = self.root_device.type == "cuda"
+            arguments["offload_policy"] = CPUOffloadPolicy(pin_memory=on_cuda)
         return arguments
 
     @property
@@ -312,6 +313,11 @@ class MeshStrategy(ModelParallelStrategy):
             norm_type=norm_type,
             error_if_nonfinite=error_if_nonfinite,
         )
+
+    def _get_process_group_backend(self) -> str:
+        if self.cpu_offload and self.root_device.type == "cuda":
+            return "cpu:gloo,cuda:nccl"  # optimizer state is in CPU memory, and is gathered there
+        return str(super()._get_process_group_backend())
 
     @property
     def _dimensions(self) -> dict[str, int]:

@@ -23,6 +23,13 @@ from torch.utils._pytree import tree_leaves
 from dream_trainer.errors import ConfigError
 from dream_trainer.world.gradient_sync import fix_bucket_order
 
+_USED_UNGATHERED = (
+    "A parameter was used that is not gathered. Either its module was sharded, and used without "
+    "being called: override apply_fully_shard (MeshStrategy: parallelize) and leave it to the "
+    "module that is called. Or tensor parallel split it, and a plain tensor met it: give the plan "
+    "an input layout there."
+)
+
 
 class WrappedModule(_FabricModule):
     """A module in the precision of the run: one device, or a strategy with a wrapper of its own."""
@@ -64,6 +71,15 @@ class WrappedModule(_FabricModule):
 
 class ShardedModule(WrappedModule):
     """FSDP2: the module's own hooks gather its parameters."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's ``forward``, in precision and between FSDP2's hooks."""
+        try:
+            return super().forward(*args, **kwargs)
+        except RuntimeError as error:
+            if "mixed torch.Tensor and DTensor" in str(error):
+                raise RuntimeError(f"{error}\n{_USED_UNGATHERED}") from error
+            raise
 
     def after_forward(self, output: Any) -> Any:
         """Give gathered parameters back where no backward pass will.
