@@ -21,6 +21,7 @@ from dream_trainer.storage import atomic_file
 from dream_trainer.world.component_state import unsharded_norm
 from dream_trainer.world.gradient_sync import no_gradient_sync
 from dream_trainer.world.restarts import fresh_store
+from dream_trainer.world.wrapped_module import improved
 
 
 class DreamFabric(Fabric):
@@ -30,12 +31,24 @@ class DreamFabric(Fabric):
     gradient synchronisation as it found it. ``clip_gradients`` returns a plain tensor under
     every strategy. ``load`` calls ``load_state_dict`` of stateful objects under every strategy.
     ``launch`` also works in workers that torchrun has started again.
+    Methods of a module that is set up run in the precision, and through the strategy, as its
+    ``forward`` does; nothing need be marked.
     """
 
     def launch(self, *args: Any, **kwargs: Any) -> Any:
         """Launch like Fabric; workers that torchrun started again find each other."""
         with fresh_store():
             return super().launch(*args, **kwargs)
+
+    def setup(self, module: nn.Module, *optimizers: Optimizer, **kwargs: Any) -> Any:
+        """Set up like Fabric; every method of the module runs like ``forward``."""
+        made = super().setup(module, *optimizers, **kwargs)
+        improved(made[0] if isinstance(made, tuple) else made)
+        return made
+
+    def setup_module(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Set up like Fabric; every method of the module runs like ``forward``."""
+        return improved(super().setup_module(module, *args, **kwargs))
 
     def save(
         self,

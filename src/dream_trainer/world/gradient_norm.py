@@ -36,7 +36,7 @@ def clip_to_norm(
     """
     norm = total_norm(gradients, norm_type)
     if error_if_nonfinite and not torch.isfinite(norm):
-        raise RuntimeError(f"the norm of the gradients is {float(norm)}, so they are not clipped")
+        raise RuntimeError(f"the norm of the gradients is non-finite: {float(norm)}")
     if max_norm is not None:
         scale(gradients, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
     return norm
