@@ -167,6 +167,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "FSDP2 x2, bf16": (2, {"dp_replicate": 1, "dp_shard": 2, "precision": "bf16-mixed"}),
     "FSDP2 x4": (4, {"dp_replicate": 1, "dp_shard": 4}),
     "HSDP 2x2": (4, {"dp_replicate": 2, "dp_shard": 2}),
+    "TP x2": (2, {"dp_replicate": 1, "tensor_parallel": 2}),
     "FSDP2 x TP 2x2": (4, {"dp_replicate": 1, "dp_shard": 2, "tensor_parallel": 2}),
 }
 
