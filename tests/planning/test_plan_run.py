@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from dream_trainer import RunPlan, plan_run
 from dream_trainer.errors import ConfigError
 from dream_trainer.planning.holdings import TensorKind
-from dream_trainer.trainer import AbstractTrainerConfig
+from dream_trainer.trainer import AbstractTrainerConfig, BaseTrainer
 
 pytestmark = pytest.mark.usefixtures("untouched_rng", "_in_tmp_path")
 
@@ -208,6 +208,36 @@ def test_groups_that_leave_their_node_are_named(options: Any, told: list[str]) -
     found = [note for note in plan.notes if "lies on" in note]
     assert len(found) == len(told)
     assert all(one in note for one, note in zip(told, found, strict=True))
+
+
+def test_a_trainer_without_conventions_is_planned_too() -> None:
+    class Bare(BaseTrainer):
+        def configure(self) -> None:
+            self.net = nn.Linear(3, 8)
+
+        def setup(self) -> None:
+            self.net = self.world.setup(self.net.to(self.world.device))
+            self.optimizer = self.world.setup_optimizer(torch.optim.AdamW(self.net.parameters()))
+
+        def named_models(self) -> Any:
+            return {"net": self.net}
+
+        def named_optimizers(self) -> Any:
+            return {"net": self.optimizer}
+
+        def named_schedulers(self) -> Any:
+            return None
+
+        train_dataloader = property(lambda self: DataLoader(range(64), 4))  # type: ignore[arg-type]
+        val_dataloader = None
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any: ...
+
+        def validation_step(self, batch: Any, batch_idx: int) -> Any: ...
+
+    plan = plan_run(Bare, tiny_config("runs", dp_shard=4), 8)
+    assert plan.bytes_on(0)["optimizer_state"] == 2 * (2 * 3 + 2) * 4 + 2 * 4
+    assert plan.steps.total == 4
 
 
 # ---------------------------------------------------------------------- what it refuses
