@@ -141,11 +141,10 @@ class MemoryPlan:
         for model in self.models:
             if model.empty:
                 worst, shard = model.empty[0], layout.sizes["dp_shard"]
-                others = len(model.empty) - 1
+                alike = len(model.empty)
                 notes.append(
-                    f"{worst.ranks} of {shard} ranks hold nothing of {worst.name}, whose "
-                    f"{worst.shape[0]} rows are cut into {shard - worst.ranks} chunks"
-                    + (f"; some hold nothing of {others} other parameters, too" if others else "")
+                    f"{worst.name} {worst.shape} leaves {worst.ranks} of {shard} ranks with nothing"
+                    + (f"; {alike} parameters of {model.name} do so" if alike > 1 else "")
                 )
         if self.window_gradients:
             whole = local_bytes(self.window_gradients, layout.sizes, layout.coordinate(0))
