@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from dream_trainer import RunPlan, plan_run
 from dream_trainer.errors import ConfigError
 from dream_trainer.planning.holdings import TensorKind
-from dream_trainer.trainer import AbstractTrainerConfig
+from dream_trainer.trainer import AbstractTrainerConfig, BaseTrainer
 
 pytestmark = pytest.mark.usefixtures("untouched_rng", "_in_tmp_path")
 
@@ -86,7 +86,8 @@ def test_a_model_of_terabytes_on_4096_ranks() -> None:
     assert (plan.train.batches, plan.train.samples_used) == (1221, 10_000_003)
     assert plan.train.last_batch_samples == 10_000_003 - 1220 * 8192
     assert (plan.steps.accumulation, plan.steps.per_epoch, plan.steps.last_window) == (4, 306, 1)
-    assert any("57 of 64 ranks hold nothing of net.head.weight" in note for note in plan.notes)
+    uneven = "net.head.weight (7, 65536) leaves 57 of 64 ranks with nothing; 2 parameters of net"
+    assert any(note.startswith(uneven) for note in plan.notes)
 
 
 def test_ranks_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,6 +211,36 @@ def test_groups_that_leave_their_node_are_named(options: Any, told: list[str]) -
     assert all(one in note for one, note in zip(told, found, strict=True))
 
 
+def test_a_trainer_without_conventions_is_planned_too() -> None:
+    class Bare(BaseTrainer):
+        def configure(self) -> None:
+            self.net = nn.Linear(3, 8)
+
+        def setup(self) -> None:
+            self.net = self.world.setup(self.net.to(self.world.device))
+            self.optimizer = self.world.setup_optimizer(torch.optim.AdamW(self.net.parameters()))
+
+        def named_models(self) -> Any:
+            return {"net": self.net}
+
+        def named_optimizers(self) -> Any:
+            return {"net": self.optimizer}
+
+        def named_schedulers(self) -> Any:
+            return None
+
+        train_dataloader = property(lambda self: DataLoader(range(64), 4))  # type: ignore[arg-type]
+        val_dataloader = None
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any: ...
+
+        def validation_step(self, batch: Any, batch_idx: int) -> Any: ...
+
+    plan = plan_run(Bare, tiny_config("runs", dp_shard=4), 8)
+    assert plan.bytes_on(0)["optimizer_state"] == 2 * (2 * 3 + 2) * 4 + 2 * 4
+    assert plan.steps.total == 4
+
+
 # ---------------------------------------------------------------------- what it refuses
 
 
@@ -271,6 +302,16 @@ def test_more_ranks_than_samples() -> None:
     assert said.splitlines()[0] == (
         "train_dataloader: 1000 samples for 4096 data-parallel ranks: 3096 of them never get one"
     )
+
+
+def test_what_a_launcher_left_in_the_environment_counts_for_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = str(planned(TinyTrainer, 8, dp_shard=2))
+    left = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "RANK": "1", "LT_ACCELERATOR": "cuda"}
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    assert str(planned(TinyTrainer, 8, dp_shard=2)) == plan
 
 
 def test_what_the_users_methods_raise_passes_through() -> None:

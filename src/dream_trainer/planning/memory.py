@@ -141,11 +141,10 @@ class MemoryPlan:
         for model in self.models:
             if model.empty:
                 worst, shard = model.empty[0], layout.sizes["dp_shard"]
-                others = len(model.empty) - 1
+                alike = len(model.empty)
                 notes.append(
-                    f"{worst.ranks} of {shard} ranks hold nothing of {worst.name}, whose "
-                    f"{worst.shape[0]} rows are cut into {shard - worst.ranks} chunks"
-                    + (f"; some hold nothing of {others} other parameters, too" if others else "")
+                    f"{worst.name} {worst.shape} leaves {worst.ranks} of {shard} ranks with nothing"
+                    + (f"; {alike} parameters of {model.name} do so" if alike > 1 else "")
                 )
         if self.window_gradients:
             whole = local_bytes(self.window_gradients, layout.sizes, layout.coordinate(0))
@@ -189,7 +188,7 @@ def measure(
     states = [one.state for one in optimizers if one.state is not None]
     saved = [_all_kinds(module_state(model)) for model in models.values()]
     persistent = [
-        _all_kinds({n: t for n, t in module_state(model).items() if n in _buffers(model)})
+        _all_kinds({n: t for n, t in module_state(model).items() if n in _buffer_names(model)})
         for model in models.values()
     ]
     return MemoryPlan(
@@ -244,8 +243,8 @@ def _mixed_types(world: PlannedWorld) -> tuple[torch.dtype | None, torch.dtype |
     """Types that FSDP computes and reduces in, where they are not the parameters' own."""
     if not isinstance(world.strategy, MeshStrategy):
         return None, None
-    policy = world.strategy.fsdp_arguments.get("mp_policy")
-    return getattr(policy, "param_dtype", None), getattr(policy, "reduce_dtype", None)
+    policy = world.strategy.mixed_precision_policy
+    return policy.param_dtype, policy.reduce_dtype
 
 
 def _gathered(counts: Counts, dtype: torch.dtype | None) -> Counts:
@@ -273,5 +272,5 @@ def _all_kinds(tensors: Mapping[str, object]) -> Counts:
     )
 
 
-def _buffers(model: nn.Module) -> set[str]:
+def _buffer_names(model: nn.Module) -> set[str]:
     return {clean_name(name) for name, _ in model.named_buffers()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -26,6 +27,9 @@ from dream_trainer.randomness import preserved, seed_cpu
 from dream_trainer.trainer.base import BaseTrainer, BaseTrainerConfig
 from dream_trainer.trainer.loaders import adopt_loader
 from dream_trainer.world.planned_world import PlannedWorld, known_layout, uneven_splits
+
+#: What torchrun sets and Fabric, or a trainer, reads.
+_LAUNCHED = {"RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
 
 Config = TypeVar("Config", bound=BaseTrainerConfig)
 
@@ -84,7 +88,7 @@ def plan_run(
                 "Set one of them.",
             )
         )
-    with preserved():
+    with preserved(), _without_launcher():
         planner = _Planner(make_trainer, config, resolved, num_ranks, problems)
         try:
             return planner.plan(ranks_per_node)
@@ -232,6 +236,17 @@ class _Planner:
                     if (problem := too_few_samples(name, plan, dp_size)) is not None:
                         self.problems.append(problem)
         return plans.get("train_dataloader"), plans.get("val_dataloader"), steps
+
+
+@contextmanager
+def _without_launcher() -> Iterator[None]:
+    """What a launcher says of this process is not of the ranks that are planned."""
+    names = [name for name in os.environ if name in _LAUNCHED or name.startswith("LT_")]
+    hidden = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 class _NoData:

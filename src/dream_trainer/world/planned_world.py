@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -128,6 +128,7 @@ class PlannedWorld(DreamWorld):
         module: nn.Module,
         *optimizers: Optimizer,
         parallelize: Parallelize | None = None,
+        initialize: bool = True,
     ) -> Any:
         """Lay a module out as the strategy would, where it is.
 
@@ -137,7 +138,7 @@ class PlannedWorld(DreamWorld):
         module = super().strategy.precision.convert_module(module)
         if (strategy := self._mesh_strategy) is not None:
             try:
-                (parallelize or strategy.parallelize)(module, strategy)
+                module = (parallelize or strategy.parallelize)(module, strategy)
             except ConfigError as error:
                 self.problems.append(error)
             except Exception:
@@ -145,6 +146,14 @@ class PlannedWorld(DreamWorld):
                 if uneven_splits("", module) is None:
                     raise
         return (module, *optimizers) if optimizers else module
+
+    def initialize(
+        self,
+        modules: Mapping[str, nn.Module],
+        layers: Iterable[nn.Module],
+        init_weights: Callable[[], None],
+    ) -> None:
+        """Nothing: values are not planned."""
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
         """The optimizer itself."""
