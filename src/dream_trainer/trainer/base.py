@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -48,6 +47,7 @@ from dream_trainer.trainer.run_lock import RunLock
 from dream_trainer.trainer.running import running
 from dream_trainer.trainer.state import apply_state, check_finite, gather_state, seed_rank
 from dream_trainer.world.component_state import gradients
+from dream_trainer.world.gradient_norm import scale
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -286,10 +286,8 @@ class BaseTrainer(AbstractTrainer):
             return None
         name, optimizer = self._named(optimizer)
         factor = self.window.gradient_factor(self.world.device)
-        if factor is not None and (grads := gradients([optimizer])):
-            if isinstance(factor, Tensor):
-                factor = factor.to(grads[0].dtype)
-            torch._foreach_mul_(grads, factor)
+        if factor is not None:
+            scale(gradients([optimizer]), factor)
         self.callbacks.pre_optimizer_step(self, optimizer)
         parameters = self.training_parameters
         norm = None

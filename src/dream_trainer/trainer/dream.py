@@ -277,8 +277,7 @@ class DreamTrainer(BaseTrainer):
         if strategy.tp_size > 1:
             self.apply_tensor_parallel(model, strategy.device_mesh["tp"])
         self._apply_local(model)
-        if strategy.dp_size > 1 or strategy.tp_size == 1:
-            self.apply_fully_shard(model, **strategy.fsdp_arguments)
+        self.apply_fully_shard(model, **strategy.fsdp_arguments)
         return model
 
     def _name_optimizers(self, made: Any) -> dict[str, Optimizer]:

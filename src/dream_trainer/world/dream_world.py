@@ -36,6 +36,7 @@ from dream_trainer.storage import (
 )
 from dream_trainer.world.component_state import gradients, unsharded_norm
 from dream_trainer.world.dream_fabric import DreamFabric
+from dream_trainer.world.gradient_norm import clip_to_norm
 from dream_trainer.world.gradient_sync import fix_bucket_order, no_gradient_sync
 from dream_trainer.world.mesh_strategy import MeshStrategy, Parallelize
 from dream_trainer.world.strategy import fabric_arguments
@@ -301,7 +302,7 @@ class DreamWorld:
             on every rank.
         """
         raw: Optimizer = unwrap(optimizer)
-        if max_norm is not None:
+        if max_norm is not None and not isinstance(self.strategy, ModelParallelStrategy):
             norm = self.strategy.clip_gradients_norm(
                 module if module is not None else nn.Identity(),
                 raw,
@@ -312,11 +313,13 @@ class DreamWorld:
             return unsharded_norm(norm)
         self.strategy.precision.unscale_gradients(raw)
         grads = gradients([raw])
-        norm = nn.utils.get_total_norm(grads, norm_type, error_if_nonfinite)
+        norm = clip_to_norm(
+            grads, max_norm, norm_type=norm_type, error_if_nonfinite=error_if_nonfinite
+        )
         if clip_val is not None:
             for grad in grads:
                 grad.clamp_(-clip_val, clip_val)
-        return unsharded_norm(norm)
+        return norm
 
     # ------------------------------------------------------------------ collectives
 

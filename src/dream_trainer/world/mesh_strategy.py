@@ -13,16 +13,17 @@ from lightning.fabric.plugins.precision import MixedPrecision, Precision
 from lightning.fabric.strategies import ModelParallelStrategy
 from lightning.fabric.strategies.strategy import _BackwardSyncControl
 from lightning_utilities.core.apply_func import apply_to_collection
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.optim import Optimizer
 
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.configs.device import Size
-from dream_trainer.errors import ConfigError, StateError
+from dream_trainer.errors import StateError
 from dream_trainer.storage import Ranks, flatten, read_tree, save_directory
 from dream_trainer.world.component_state import (
+    gradients,
     load_module_state,
     load_optimizer_state,
     module_problems,
@@ -32,6 +33,7 @@ from dream_trainer.world.component_state import (
     parameter_names,
     state_template,
 )
+from dream_trainer.world.gradient_norm import clip_to_norm
 from dream_trainer.world.gradient_sync import no_gradient_sync
 
 DP_REPLICATE, DP_SHARD, TP = "dp_replicate", "dp_shard", "tp"
@@ -143,13 +145,7 @@ class MeshStrategy(ModelParallelStrategy):
     def fsdp_arguments(self) -> dict[str, Any]:
         """Arguments of ``fully_shard`` for this mesh, precision and offload setting."""
         names = [name for name in (DP_REPLICATE, DP_SHARD) if name in self._dimensions]
-        if DP_SHARD not in names:
-            raise ConfigError(
-                "device_parameters",
-                [f"the mesh has no dp_shard dimension, only {', '.join(self._dimensions)}"],
-                "Set dp_shard above 1, or use DDP.",
-            )
-        arguments: dict[str, Any] = {"mesh": self.device_mesh[tuple(names)]}
+        arguments: dict[str, Any] = {"mesh": self._whole_mesh[tuple(names)]}
         if isinstance(self._precision, MixedPrecision):
             half = torch.bfloat16 if self.precision_name.startswith("bf16") else torch.float16
             arguments["mp_policy"] = MixedPrecisionPolicy(
@@ -192,9 +188,11 @@ class MeshStrategy(ModelParallelStrategy):
         self._setup_distributed()
         self.sizes = self.sizes.resolve(self.world_size)
         dimensions = self._dimensions
-        self._device_mesh = init_device_mesh(
+        self._whole_mesh = init_device_mesh(
             self.root_device.type, tuple(dimensions.values()), mesh_dim_names=tuple(dimensions)
         )
+        above = tuple(name for name, size in dimensions.items() if size > 1)
+        self._device_mesh = self._whole_mesh[above or (DP_SHARD,)]
 
     def setup_module_and_optimizers(
         self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
@@ -286,12 +284,37 @@ class MeshStrategy(ModelParallelStrategy):
                 state[key] = content[key]
         return {key: value for entries in tree.values() for key, value in entries.items()}
 
+    def clip_gradients_norm(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = True,
+    ) -> Tensor:
+        """Clip by norm, over parameters on any part of the mesh; the norm is a plain tensor."""
+        self.precision.unscale_gradients(optimizer)
+        return clip_to_norm(
+            gradients([optimizer]),
+            max_norm,
+            norm_type=norm_type,
+            error_if_nonfinite=error_if_nonfinite,
+        )
+
     @property
     def _dimensions(self) -> dict[str, int]:
+        """Sizes above 1, and ``dp_shard`` always.
+
+        Over one rank it shards nothing, but ``fully_shard`` brings what every layout needs: mixed
+        precision, offload, and gradients of split layers that are laid out like the parameters.
+        """
         sizes = {
             DP_REPLICATE: self.sizes.dp_replicate,
             DP_SHARD: self.sizes.dp_shard,
             TP: self.sizes.tensor_parallel,
         }
-        above = {name: size for name, size in sizes.items() if size != "auto" and size > 1}
-        return above or {DP_SHARD: 1}
+        return {
+            name: size
+            for name, size in sizes.items()
+            if size != "auto" and (size > 1 or name == DP_SHARD)
+        }
