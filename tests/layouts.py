@@ -43,7 +43,10 @@ LAYOUTS: dict[str, Layout] = {
         Layout("single", 1),
         Layout("ddp", 2, {"dp_replicate": 2}),
         Layout("fsdp", 2, {"dp_shard": 2}),
+        Layout("tp", 2, {"tensor_parallel": 2}),
         Layout("hsdp", 4, {"dp_replicate": 2, "dp_shard": 2}),
+        Layout("fsdp-tp", 4, {"dp_shard": 2, "tensor_parallel": 2}),
+        Layout("ddp-tp", 4, {"dp_replicate": 2, "tensor_parallel": 2}),
     )
 }
 
@@ -129,15 +132,16 @@ class BlocksTrainer(TinyTrainer):
 
 def laid_out(
     root: Path | str,
-    layout: str,
+    layout: Layout | str,
     kind: type[BlocksTrainer] = BlocksTrainer,
     *,
     samples_per_batch: int = 4,
     **options: Any,
 ) -> Any:
     """A trainer of a kind under a layout, with `support.tiny_config`; writes nothing by default."""
-    laid = LAYOUTS[layout].options(samples_per_batch)
-    return kind(tiny_config(root, **{"enable": False, "experiment": layout} | laid | options))
+    laid = LAYOUTS[layout] if isinstance(layout, str) else layout
+    defaults = {"enable": False, "experiment": laid.name, **laid.options(samples_per_batch)}
+    return kind(tiny_config(root, **defaults | options))
 
 
 def in_double() -> None:

@@ -247,7 +247,7 @@ class FitLoop:
                 if phase == "val":
                     trainer.callbacks.post_validation_step(trainer, result, batch, batch_idx)
                 values.add(*observation(result, loader.num_samples), prefix=f"{phase}/")
-            parts = trainer.world.all_gather_object(totals([values.take()])[0])
+            parts = trainer.world.gather_data_parallel(totals([values.take()])[0])
             means, metrics = merge_ranks(parts), trainer.metrics.compute(phase)
             if both := means.keys() & metrics.keys():
                 raise ConfigError(

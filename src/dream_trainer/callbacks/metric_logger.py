@@ -115,7 +115,7 @@ class MetricLogger(Callback):
         if not self._pending:
             return
         pending, self._pending = self._pending, []
-        parts = trainer.world.all_gather_object(totals(row for _, row in pending))
+        parts = trainer.world.gather_data_parallel(totals(row for _, row in pending))
         rows = [
             place | merge_ranks([part[index] for part in parts])
             for index, (place, _) in enumerate(pending)
