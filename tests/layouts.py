@@ -46,7 +46,6 @@ LAYOUTS: dict[str, Layout] = {
         Layout("tp", 2, {"tensor_parallel": 2}),
         Layout("hsdp", 4, {"dp_replicate": 2, "dp_shard": 2}),
         Layout("fsdp-tp", 4, {"dp_shard": 2, "tensor_parallel": 2}),
-        Layout("ddp-tp", 4, {"dp_replicate": 2, "tensor_parallel": 2}),
     )
 }
 

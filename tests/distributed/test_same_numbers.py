@@ -31,7 +31,7 @@ HARD: dict[str, Any] = {
 #: In the third epoch, inside an accumulation window: 12 steps are taken.
 BATCHES_AT_SAVE, STEPS_AT_SAVE = 25, 12
 NUM_STEPS = 50
-MAX_STEPS = {"float64": NUM_STEPS, "float32": 25, "bfloat16": 25}
+MAX_STEPS = {"float64": NUM_STEPS, "float32": 8, "bfloat16": 8}
 
 
 class Net(Blocks):
@@ -143,13 +143,19 @@ def moved(root: Path, layout: str) -> dict[str, tuple[dict[str, Any], list[dict[
     """By source: the state as it was loaded from there, and how it went on."""
     in_double()
     results = {}
+    # One trainer for all: what it did before must not show, either.
+    trainer = laid_out(root, layout, Hard, max_steps=STEPS_AT_SAVE + 2, **HARD)
     for source in LAYOUTS:
-        trainer = laid_out(root, layout, Hard, max_steps=STEPS_AT_SAVE + 3, **HARD)
         trainer.load_checkpoint(root / source)
         loaded = portable(trainer)
+        trainer.logger.rows = []
         trainer.fit()
         results[source] = (loaded, trainer.logger.rows)
     return results
+
+
+def losses(rows: list[dict[str, float]]) -> list[float]:
+    return [row["train/loss"] for row in rows if "train/loss" in row]
 
 
 Runs = Callable[[str], list[Outcome]]
@@ -184,11 +190,25 @@ def test_fifty_steps_in_float64_are_the_same(runs: Runs, layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_print(runs, layout):
-    for d in MAX_STEPS:
-        a,b=[runs(n)[0].rows[d] for n in ("single",layout)]
-        print(layout, d, largest_difference(a,b), [f"{largest_difference([x],[y]):.1e}" for x,y in list(zip(a,b))[::5]])
-    print(b[0],b[-1])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rounding_alone_keeps_curves_apart(runs: Runs, layout: str, dtype: str) -> None:
+    """Samples are added up in another order, so each sum is rounded differently.
+
+    The first loss comes from equal weights: a few units in the last place. After that AdamW
+    divides each gradient by its own size, so that a weight whose gradient is mostly rounding moves
+    by the learning rate all the same: the distance may grow by some units with every step. It grows
+    more units in float32, whose units are small beside such moves. A sample lost or counted twice
+    is a distance of percents from the first step on.
+    """
+    curves = [losses(runs(name)[0].rows[dtype]) for name in ("single", layout)]
+    unit = torch.finfo(getattr(torch, dtype)).eps
+    growth = {"float32": 64, "bfloat16": 2}[dtype]
+    for step, (one, other) in enumerate(zip(*curves, strict=True)):
+        assert abs(one - other) <= (2 + growth * step) * unit * abs(one), step
+    # That the low precision is there in the first place.
+    in_full = losses(runs(layout)[0].rows["float32"])
+    assert (abs(in_full[0] - curves[1][0]) > 1e-5 * in_full[0]) == (dtype == "bfloat16")
+
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_run_goes_on_to_the_bit_from_inside_a_window(runs: Runs, layout: str) -> None:
@@ -200,15 +220,11 @@ def test_a_checkpoint_of_any_layout_goes_on_under_this_one(
     root: Path, runs: Runs, layout: str
 ) -> None:
     saved = {source: runs(source)[0].saved for source in LAYOUTS}
-    never_moved = [
-        row
-        for row in runs(layout)[0].rows["float64"]
-        if STEPS_AT_SAVE < row["step"] <= STEPS_AT_SAVE + 3 and "train/loss" in row
-    ]
+    straight = runs(layout)[0].rows["float64"]
+    never_moved = [row for row in straight if "train/loss" in row][STEPS_AT_SAVE:][:2]
     ranks = run_ranks(LAYOUTS[layout].size, moved, root, layout)
     for rank in ranks:
         for source, (loaded, _) in rank.items():
             assert differences(saved[source], loaded) == [], source
-    for source, (_, rows) in ranks[0].items():
-        went_on = [row for row in rows if "train/loss" in row]
+    for source, (_, went_on) in ranks[0].items():
         assert largest_difference(never_moved, went_on) < 1e-10, source

@@ -95,6 +95,10 @@ class MetricLogger(Callback):
         if values := trainer.logged.take():
             self._pending.append((self._place(trainer), values))
 
+    def post_fit(self, trainer: BaseTrainer) -> None:
+        """Write the last rows; nothing else does in a run that ends inside an epoch unsaved."""
+        self.flush(trainer)
+
     def close(self, trainer: BaseTrainer) -> None:
         """Close the log.
 
