@@ -68,8 +68,8 @@ class Hard(BlocksTrainer):
         rest = [p for p in self.net.parameters() if p.requires_grad and id(p) not in inside]
         groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0, "lr": 0.01}]
         return {
-            "adam": torch.optim.AdamW(groups, lr=0.02),
-            "sgd": torch.optim.SGD(rest, lr=0.02, momentum=0.9),
+            "adam": torch.optim.AdamW(groups, lr=0.02, foreach=True),
+            "sgd": torch.optim.SGD(rest, lr=0.02, momentum=0.9, foreach=True),
         }
 
     def configure_schedulers(self) -> Any:
