@@ -53,7 +53,9 @@ def test_a_run_that_moves_takes_the_steps_of_one_that_stays(tmp_path: Path) -> N
         rows += ranks[0][1]
         tp_size = layout.size // layout.dp_size
         for rank, (of_rank, _) in enumerate(ranks):
-            assert of_rank == ranks[rank - rank % tp_size][0]  # shared inside a tensor-parallel group
+            assert (
+                of_rank == ranks[rank - rank % tp_size][0]
+            )  # shared inside a tensor-parallel group
             for step, indices in of_rank.items() if rank % tp_size == 0 else ():
                 seen.setdefault(step, []).extend(indices)
     assert {step: sorted(indices) for step, indices in seen.items()} == {

@@ -77,9 +77,7 @@ def module_problems(module: nn.Module, state: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def load_module_state(
-    module: nn.Module, state: Mapping[str, Any], *, copies: bool = True
-) -> None:
+def load_module_state(module: nn.Module, state: Mapping[str, Any], *, copies: bool = True) -> None:
     """Load what fits of a state that was made under this or any other strategy.
 
     Args:
@@ -356,9 +354,7 @@ def _laid_out_like(value: Any, target: Any, *, copies: bool = True) -> Any:
         return copy.deepcopy(value)
     if isinstance(target, DTensor):
         if not isinstance(value, DTensor) and value.shape == target.shape:
-            return distribute_tensor(
-                value.to(target.device), target.device_mesh, target.placements
-            )
+            return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
     elif isinstance(value, DTensor):
         return value.full_tensor()
     return value.clone() if copies else value
