@@ -21,8 +21,9 @@ from dream_trainer.data import ResumableLoader
 from dream_trainer.errors import ConfigError
 from dream_trainer.trainer.base import BaseTrainer, BaseTrainerConfig
 from dream_trainer.world import MeshStrategy
+from dream_trainer.world.blocks import blocks_of, shard_blocks
 from dream_trainer.world.component_state import parameter_names
-from dream_trainer.world.mesh_strategy import blocks_of, shard_blocks
+from dream_trainer.world.materialize import layers_on_meta
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -62,6 +63,7 @@ class DreamTrainer(BaseTrainer):
     def __init__(self, config: DreamTrainerConfig, *, fabric: Fabric | None = None) -> None:
         super().__init__(config, fabric=fabric)
         self._models: dict[str, nn.Module] = {}
+        self._layers_on_meta: list[nn.Module] = []
         self._wrapped_models: dict[str, nn.Module] = {}
         self._named_optimizers: dict[str, Optimizer] = {}
         self._named_schedulers: dict[str, LRScheduler] = {}
@@ -75,7 +77,12 @@ class DreamTrainer(BaseTrainer):
         """Assign modules to ``self``. Attribute names become the models' names."""
 
     def init_weights(self) -> None:
-        """Initialise the models, if their constructors do not."""
+        """Initialise the models, if their constructors do not.
+
+        Models made under ``with torch.device("meta")`` get memory once they are sharded, and are
+        initialised then: first by the ``reset_parameters`` of their layers, then by this. Write in
+        place. Every layout gets the same values, to the bit.
+        """
 
     def configure_metrics(self) -> None:
         """Assign torchmetrics to ``self``.
@@ -200,7 +207,11 @@ class DreamTrainer(BaseTrainer):
             raise ConfigError(
                 "configure_models", ["it assigned no module to self"], "Write self.model = Net()."
             )
-        self.init_weights()
+        self._layers_on_meta = [
+            layer for model in self._models.values() for layer in layers_on_meta(model)
+        ]
+        if not self._layers_on_meta:
+            self.init_weights()
         before = dict(vars(self))
         self.configure_metrics()
         metrics |= {
@@ -213,9 +224,13 @@ class DreamTrainer(BaseTrainer):
     def setup(self) -> None:
         """Place models, then make what needs them placed: loaders, optimizers, schedulers."""
         self._wrapped_models = {
-            name: self.world.setup(self._with_policies(model), parallelize=self._parallelize)
+            name: self.world.setup(
+                self._with_policies(model), parallelize=self._parallelize, initialize=False
+            )
             for name, model in self._models.items()
         }
+        if self._layers_on_meta:
+            self.world.initialize(self._models, self._layers_on_meta, self.init_weights)
         loaders = self.configure_dataloaders()
         train, val = _train_and_val(loaders)
         self._train_dataloader = _resumable(train)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +17,7 @@ from lightning.fabric.strategies import (
     DDPStrategy,
     ModelParallelStrategy,
     ParallelStrategy,
+    SingleDeviceStrategy,
     Strategy,
 )
 from lightning.fabric.wrappers import _FabricModule, _FabricOptimizer
@@ -38,11 +39,16 @@ from dream_trainer.world.component_state import gradients, unsharded_norm
 from dream_trainer.world.dream_fabric import DreamFabric
 from dream_trainer.world.gradient_norm import clip_to_norm
 from dream_trainer.world.gradient_sync import fix_bucket_order, no_gradient_sync
+from dream_trainer.world.materialize import initialize as initialize_modules
+from dream_trainer.world.materialize import layers_on_meta, materialize
 from dream_trainer.world.mesh_strategy import MeshStrategy, Parallelize
-from dream_trainer.world.strategy import fabric_arguments
+from dream_trainer.world.strategy import fabric_arguments, refusal
+from dream_trainer.world.wrapped_module import improved, requiring_gradients
 
 T = TypeVar("T")
 _NOTHING = nullcontext()
+#: Strategies that leave parameters and gradients as torch has them, whole or as DTensors.
+_PLAIN = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
 #: Fabric lets these win over its arguments without a word.
 _OVERRIDES = ("LT_ACCELERATOR", "LT_STRATEGY", "LT_DEVICES", "LT_NUM_NODES", "LT_PRECISION")
 
@@ -68,11 +74,12 @@ class DreamWorld:
         fabric: Fabric | None = None,
     ) -> None:
         if fabric is None:
-            arguments = fabric_arguments(device_parameters or DeviceParameters())
+            asked = device_parameters or DeviceParameters()
+            arguments = fabric_arguments(asked)
             try:
                 fabric = DreamFabric(**arguments)
-            except (ValueError, RuntimeError, TypeError) as error:
-                raise ConfigError("device_parameters", [str(error)]) from error
+            except (ValueError, RuntimeError, TypeError, ImportError) as error:
+                raise refusal(asked, error) from error
         self._fabric = fabric
         self._opened_group = False
         self._background_group: Any = None
@@ -208,6 +215,7 @@ class DreamWorld:
         module: nn.Module,
         *optimizers: Optimizer,
         parallelize: Parallelize | None = None,
+        initialize: bool = True,
     ) -> Any:
         """Place a module on the device and wrap it for the strategy.
 
@@ -217,26 +225,61 @@ class DreamWorld:
             module: a module that was not set up before.
             *optimizers: its optimizers, if they exist already.
             parallelize: how ``MeshStrategy`` shards this module, instead of its default.
+            initialize: initialise what was made on the meta device with the layers' own
+                ``reset_parameters``; if False, call `initialize` afterwards.
 
         Returns:
             The wrapped module, or a tuple of it and the wrapped optimizers, as Fabric does.
         """
         strategy = self.strategy
+        layers = layers_on_meta(module)
+        if layers and isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+            materialize(module, self.device, self.device)
+            if initialize:
+                initialize_modules(strategy, {"": module}, layers)
         trains = any(parameter.requires_grad for parameter in module.parameters())
         if isinstance(strategy, DDPStrategy) and not trains and not optimizers:
-            # DDP refuses a module without gradients; a frozen teacher or a loss has none.
-            module = strategy.precision.convert_module(module)
-            strategy.module_to_device(module)
-            return _FabricModule(module, strategy, original_module=module)
-        if not isinstance(strategy, MeshStrategy) or parallelize is None:
+            return improved(self._set_up_frozen(module))
+        if not isinstance(strategy, MeshStrategy):
             wrapped = self._fabric.setup(module, *optimizers)
-            fix_bucket_order(wrapped[0] if optimizers else wrapped)
-            return wrapped
-        default, strategy.parallelize = strategy.parallelize, parallelize
-        try:
-            return self._fabric.setup(module, *optimizers)
-        finally:
-            strategy.parallelize = default
+        else:
+            default = strategy.parallelize, strategy.initializes_modules
+            strategy.parallelize = parallelize or strategy.parallelize
+            strategy.initializes_modules = initialize
+            try:
+                wrapped = self._fabric.setup(module, *optimizers)
+            finally:
+                strategy.parallelize, strategy.initializes_modules = default
+        own = improved(wrapped[0] if optimizers else wrapped)
+        fix_bucket_order(own)
+        return wrapped
+
+    def initialize(
+        self,
+        modules: Mapping[str, nn.Module],
+        layers: Iterable[nn.Module],
+        init_weights: Callable[[], None],
+    ) -> None:
+        """Initialise modules that were made on the meta device, once they are set up.
+
+        The values are, to the bit, those of one device with the generators of rank 0. A
+        collective.
+
+        Args:
+            modules: by name, as they were made.
+            layers: those to call ``reset_parameters`` of, before the other.
+            init_weights: writes parameters and buffers in place.
+
+        Raises:
+            ConfigError: naming each parameter and buffer that is on meta or was never written.
+        """
+        if not isinstance(self.strategy, _PLAIN):
+            raise ConfigError(
+                "configure_models",
+                [f"under {type(self.strategy).__name__} models cannot be made on the meta device"],
+                "Use DDP or dp_shard, or make them on the CPU.",
+            )
+        initialize_modules(self.strategy, modules, layers, init_weights)
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
         """Wrap an optimizer so that its step goes through strategy and precision."""
@@ -302,7 +345,7 @@ class DreamWorld:
             on every rank.
         """
         raw: Optimizer = unwrap(optimizer)
-        if max_norm is not None and not isinstance(self.strategy, ModelParallelStrategy):
+        if max_norm is not None and not isinstance(self.strategy, _PLAIN):
             norm = self.strategy.clip_gradients_norm(
                 module if module is not None else nn.Identity(),
                 raw,
@@ -311,7 +354,11 @@ class DreamWorld:
                 error_if_nonfinite=error_if_nonfinite,
             )
             return unsharded_norm(norm)
-        self.strategy.precision.unscale_gradients(raw)
+        precision = self.strategy.precision
+        if (scaler := getattr(precision, "scaler", None)) is not None:
+            scaler.unscale_(raw)  # Fabric refuses fused optimizers, which torch can do
+        else:
+            precision.unscale_gradients(raw)
         grads = gradients([raw])
         norm = clip_to_norm(
             grads, max_norm, norm_type=norm_type, error_if_nonfinite=error_if_nonfinite
@@ -421,6 +468,17 @@ class DreamWorld:
             print(*args, **{"flush": True, **kwargs})
 
     # ------------------------------------------------------------------ inside
+
+    def _set_up_frozen(self, module: nn.Module) -> _FabricModule:
+        """DDP refuses a module without gradients; a frozen teacher or a loss has none."""
+        floating = [p for p in module.parameters() if p.is_floating_point()]
+        if not floating:
+            module = self.strategy.precision.convert_module(module)
+            self.strategy.module_to_device(module)
+            return _FabricModule(module, self.strategy, original_module=module)
+        # DDP holds a buffer for what it reduces, so it gets the smallest until more is unfrozen.
+        with requiring_gradients([min(floating, key=Tensor.numel)], [True]):
+            return self._fabric.setup(module)  # type: ignore[no-any-return]
 
     def _data_parallel(self) -> tuple[int, int]:
         strategy = self.strategy

@@ -12,16 +12,16 @@ import torch
 from lightning.fabric.plugins.precision import MixedPrecision, Precision
 from lightning.fabric.strategies import ModelParallelStrategy
 from lightning.fabric.strategies.strategy import _BackwardSyncControl
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from torch.optim import Optimizer
 
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.configs.device import Size
 from dream_trainer.errors import StateError
 from dream_trainer.storage import Ranks, flatten, read_tree, save_directory
+from dream_trainer.world.blocks import shard_blocks
 from dream_trainer.world.component_state import (
     gradients,
     load_module_state,
@@ -35,33 +35,13 @@ from dream_trainer.world.component_state import (
 )
 from dream_trainer.world.gradient_norm import clip_to_norm
 from dream_trainer.world.gradient_sync import no_gradient_sync
+from dream_trainer.world.materialize import initialize, layers_on_meta, materialize
+from dream_trainer.world.sharded_precision import ShardedMixedPrecision, ShardedPrecision
 
 DP_REPLICATE, DP_SHARD, TP = "dp_replicate", "dp_shard", "tp"
 
 #: Applies parallelism to a module: ``parallelize(module, strategy) -> module``.
 Parallelize = Callable[[nn.Module, "MeshStrategy"], nn.Module]
-
-
-def blocks_of(module: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a model: the children of its largest ``ModuleList`` objects.
-
-    Largest by parameters; lists of the same size count alike. Empty if there is no list.
-    """
-    lists = [part for part in module.modules() if isinstance(part, nn.ModuleList) and len(part)]
-    sizes = [sum(p.numel() for p in part.parameters()) for part in lists]
-    return [
-        block
-        for part, size in zip(lists, sizes, strict=True)
-        if size == max(sizes)
-        for block in part
-    ]
-
-
-def shard_blocks(module: nn.Module, **fsdp_arguments: Any) -> None:
-    """Default sharding policy: each block on its own, then the root."""
-    for block in blocks_of(module):
-        fully_shard(block, **fsdp_arguments)
-    fully_shard(module, **fsdp_arguments)
 
 
 def _parallelize(module: nn.Module, strategy: MeshStrategy) -> nn.Module:
@@ -74,17 +54,6 @@ class _GradientSyncControl(_BackwardSyncControl):
 
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
         return no_gradient_sync([module]) if enabled else nullcontext()
-
-
-class _ShardedMixedPrecision(Precision):
-    """Outputs of a model in float32, as autocast gives them; the rest is FSDP2's policy."""
-
-    def convert_output(self, data: Any) -> Any:
-        # In the policy it would hold for every block, between layers that compute in half.
-        full = torch.get_default_dtype()
-        return apply_to_collection(
-            data, torch.Tensor, lambda t: t.to(full) if t.is_floating_point() else t
-        )
 
 
 class MeshStrategy(ModelParallelStrategy):
@@ -102,8 +71,15 @@ class MeshStrategy(ModelParallelStrategy):
         tensor_parallel: ranks one layer is split over; needs a ``parallelize`` of your own.
         parallelize: applies parallelism to each module given to ``setup``; the default shards
             each block of the largest ``ModuleList``, then the root.
+        param_dtype: what parameters and inputs are cast to for computing; by default what
+            ``precision`` says, half for ``"bf16-mixed"`` and ``"16-mixed"``.
+        reduce_dtype: what gradients are reduced in; by default float32 in mixed precision, the
+            type of the parameters otherwise.
         cpu_offload: keep shards in CPU memory between uses.
         timeout: how long a collective waits for the other ranks.
+
+    Attributes:
+        initializes_modules: whether ``setup_module`` initialises what was on the meta device.
     """
 
     def __init__(
@@ -113,9 +89,12 @@ class MeshStrategy(ModelParallelStrategy):
         tensor_parallel: Size = 1,
         *,
         parallelize: Parallelize = _parallelize,
+        param_dtype: torch.dtype | None = None,
+        reduce_dtype: torch.dtype | None = None,
         cpu_offload: bool = False,
         timeout: timedelta = timedelta(seconds=600),
     ) -> None:
+        self.param_dtype, self.reduce_dtype = param_dtype, reduce_dtype
         super().__init__(
             parallelize_fn=lambda module, mesh: self.parallelize(module, self), timeout=timeout
         )
@@ -124,16 +103,20 @@ class MeshStrategy(ModelParallelStrategy):
         )
         self.parallelize = parallelize
         self.cpu_offload = cpu_offload
+        self.initializes_modules = True
         self._backward_sync_control = _GradientSyncControl()
 
     @property
     def precision(self) -> Precision:
         """The precision plugin. Mixed precision is FSDP2's own, so no autocast on top of it."""
-        is_mixed = isinstance(self._precision, MixedPrecision)
-        return _ShardedMixedPrecision() if is_mixed else super().precision
+        return super().precision
 
     @precision.setter
     def precision(self, precision: Precision | None) -> None:
+        if isinstance(precision, MixedPrecision):
+            precision = ShardedMixedPrecision(precision)
+        elif self.param_dtype is not None and type(precision) in (Precision, type(None)):
+            precision = ShardedPrecision()
         self._precision = precision
 
     @property
@@ -142,15 +125,22 @@ class MeshStrategy(ModelParallelStrategy):
         return "32-true" if self._precision is None else str(self._precision.precision)
 
     @property
+    def mixed_precision_policy(self) -> MixedPrecisionPolicy:
+        """In what FSDP2 computes, and in what it reduces gradients."""
+        parameters, reductions = self.param_dtype, self.reduce_dtype
+        if isinstance(self._precision, MixedPrecision):
+            half = torch.bfloat16 if self.precision_name.startswith("bf16") else torch.float16
+            parameters, reductions = parameters or half, reductions or torch.float32
+        return MixedPrecisionPolicy(param_dtype=parameters, reduce_dtype=reductions)
+
+    @property
     def fsdp_arguments(self) -> dict[str, Any]:
         """Arguments of ``fully_shard`` for this mesh, precision and offload setting."""
         names = [name for name in (DP_REPLICATE, DP_SHARD) if name in self._dimensions]
         arguments: dict[str, Any] = {"mesh": self._whole_mesh[tuple(names)]}
-        if isinstance(self._precision, MixedPrecision):
-            half = torch.bfloat16 if self.precision_name.startswith("bf16") else torch.float16
-            arguments["mp_policy"] = MixedPrecisionPolicy(
-                param_dtype=half, reduce_dtype=torch.float32
-            )
+        policy = self.mixed_precision_policy
+        if policy != MixedPrecisionPolicy():
+            arguments["mp_policy"] = policy
         if self.cpu_offload:
             arguments["offload_policy"] = CPUOffloadPolicy()
         return arguments
@@ -193,6 +183,28 @@ class MeshStrategy(ModelParallelStrategy):
         )
         above = tuple(name for name, size in dimensions.items() if size > 1)
         self._device_mesh = self._whole_mesh[above or (DP_SHARD,)]
+
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        """Apply ``parallelize``; give what was made on the meta device memory and values.
+
+        Only the own shards get memory. Layers are initialised by their ``reset_parameters``, to
+        the values they would have on one device.
+
+        Raises:
+            ConfigError: something on the meta device is initialised by no layer.
+        """
+        layers = layers_on_meta(module)
+        module = self.parallelize(module, self)
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"parallelize returned a {type(module).__name__}, not a module")
+        if not layers:
+            is_placed = any(isinstance(part, FSDPModule) for part in module.modules())
+            return module if is_placed else module.to(self.root_device)
+        cpu = torch.device("cpu")
+        materialize(module, self.root_device, cpu if self.cpu_offload else self.root_device)
+        if self.initializes_modules:
+            initialize(self, {"": module}, layers)
+        return module
 
     def setup_module_and_optimizers(
         self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None

@@ -1,0 +1,274 @@
+"""What ``setup`` returns for a module: Fabric's wrapper without its surprises.
+
+Every method of the user's module runs as ``forward`` does, in the precision of the run and through
+the strategy, and parameters may be frozen and unfrozen while the run goes on.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.fabric.strategies import DDPStrategy
+from lightning.fabric.wrappers import _FabricModule
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
+
+from dream_trainer.errors import ConfigError
+from dream_trainer.world.gradient_sync import fix_bucket_order
+
+
+class WrappedModule(_FabricModule):
+    """A module in the precision of the run: one device, or a strategy with a wrapper of its own."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's ``forward``, in precision and through the strategy."""
+        return self.after_forward(super().forward(*args, **kwargs))
+
+    def __getattr__(self, item: str) -> Any:
+        try:
+            return nn.Module.__getattr__(self, item)
+        except AttributeError:
+            original = nn.Module.__getattr__(self, "_original_module")
+            value = getattr(original, item)
+        if inspect.ismethod(value) and value.__self__ is original:
+            return functools.partial(self._run_method, value)
+        return value
+
+    def _run_method(self, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Another method than ``forward``, in the same precision, through the same strategy."""
+        precision = self._strategy.precision
+        args, kwargs = precision.convert_input((args, kwargs))
+        with precision.forward_context():
+            output = self.run_method(method, *args, **kwargs)
+        return self.after_forward(precision.convert_output(output))
+
+    # ------------------------------------------------------------------ what strategies differ in
+
+    def after_forward(self, output: Any) -> Any:
+        """After each outermost call."""
+        return output
+
+    def run_method(self, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Call a method of the original module so that the strategy takes part."""
+        if _uncompiled(self._forward_module) is self._original_module:
+            return method(*args, **kwargs)
+        return call_through(self._forward_module, self._original_module, method, *args, **kwargs)
+
+
+class ShardedModule(WrappedModule):
+    """FSDP2: the module's own hooks gather its parameters."""
+
+    def after_forward(self, output: Any) -> Any:
+        """Give gathered parameters back where no backward pass will.
+
+        Otherwise the root keeps them, ``requires_grad_`` on them would be lost with the next
+        sharding, and a frozen model would stay whole in memory.
+        """
+        root = self._original_module
+        if isinstance(root, FSDPModule) and not needs_backward(output):
+            root.reshard()
+        return output
+
+    def run_method(self, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Call a method between the hooks that gather and shard the module's parameters."""
+        root = self._original_module
+        if not isinstance(root, FSDPModule):
+            return method(*args, **kwargs)
+        changed: dict[int, bool] = {}
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            before = [p.requires_grad for p in root.parameters()]
+            output = method(*args, **kwargs)
+            after = [p.requires_grad for p in root.parameters()]
+            changed.update((i, now) for i, now in enumerate(after) if now != before[i])
+            return output
+
+        output = call_through(root, root, watched, *args, **kwargs)
+        if changed:  # on the gathered parameters; the sharded ones are what stays
+            root.reshard()
+            for index, parameter in enumerate(root.parameters()):
+                parameter.requires_grad_(changed.get(index, parameter.requires_grad))
+        return output
+
+
+class ReplicatedModule(WrappedModule):
+    """DDP, which reduces what needed a gradient when it was made; this follows later changes."""
+
+    def follow_from_now_on(self) -> None:
+        """Remember what is reduced now."""
+        parameters = list(self._original_module.parameters())
+        # Past Fabric's __setattr__, which would put them on the user's module.
+        self.__dict__["_parameters_in_order"] = parameters
+        self.__dict__["_reduced"] = [p.requires_grad for p in parameters]
+        self.__dict__["_num_changes"] = 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's ``forward``, in precision and through DDP."""
+        ddp = _uncompiled(self._forward_module)
+        if not (torch.is_grad_enabled() and isinstance(ddp, DistributedDataParallel)):
+            return super().forward(*args, **kwargs)
+        if self._trains():
+            return super().forward(*args, **kwargs)
+        # Told to expect gradients that never come, DDP would reduce those of a later pass that is
+        # not to be synchronised.
+        flags = ddp.require_backward_grad_sync, ddp.require_forward_param_sync
+        ddp.require_backward_grad_sync = False
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            ddp.require_backward_grad_sync, ddp.require_forward_param_sync = flags
+
+    def run_method(self, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Call a method; DDP learns of it only if a backward pass will follow.
+
+        So helpers, and sampling without gradients, may run on one rank alone.
+        """
+        output = method(*args, **kwargs)
+        ddp = _uncompiled(self._forward_module)
+        if not (isinstance(ddp, DistributedDataParallel) and needs_backward(output)):
+            return output
+        if not self._trains():
+            return output
+        # Between forward and backward buffers must stay as they are.
+        synchronises, ddp.require_forward_param_sync = ddp.require_forward_param_sync, False
+        try:
+            ddp._pre_forward()
+            return ddp._post_forward(output)
+        finally:
+            ddp.require_forward_param_sync = synchronises
+
+    def _trains(self) -> bool:
+        """Whether any parameter needs a gradient. DDP is made anew if it reduces others."""
+        trained = [p.requires_grad for p in self._parameters_in_order]
+        if trained == self._reduced or not any(trained):
+            return any(trained)
+        known = all(r or not t for t, r in zip(trained, self._reduced, strict=True))
+        if not (known and _uncompiled(self._forward_module).find_unused_parameters):
+            self._reduce(trained)
+        return True
+
+    def _reduce(self, trained: list[bool]) -> None:
+        """Reduce the parameters that are trained; from the second change on all that ever were.
+
+        A model whose parts take turns would otherwise be wrapped anew in every step. A collective.
+        """
+        strategy, ddp = self._strategy, self._forward_module
+        assert isinstance(strategy, DDPStrategy)
+        options = strategy._ddp_kwargs
+        if options.get("static_graph") or not isinstance(ddp, DistributedDataParallel):
+            way = "static_graph=True" if options.get("static_graph") else "torch.compile(model)"
+            raise ConfigError(
+                type(self._original_module).__name__,
+                [f"requires_grad of its parameters changed after set-up, which {way} rules out"],
+                "Leave static_graph off, and compile with model.compile() or compile_model=True.",
+            )
+        gradients = [p.grad for p in self._parameters_in_order]
+        # What waits for the end of its accumulation window is still to be reduced.
+        waits = [
+            r and not t and g is not None
+            for t, r, g in zip(trained, self._reduced, gradients, strict=True)
+        ]
+        takes_turns = self._num_changes > 0 or any(waits)
+        reduced = [t or (r and takes_turns) for t, r in zip(trained, self._reduced, strict=True)]
+        own = {"init_sync": False} | ({"find_unused_parameters": True} if takes_turns else {})
+        hooks, is_synchronising = ddp._comm_hooks, ddp.require_backward_grad_sync
+        del ddp.reducer, ddp.logger  # and with them the hooks that they put on the parameters
+        strategy._ddp_kwargs = options | own
+        try:
+            with requiring_gradients(self._parameters_in_order, reduced):
+                made = strategy.setup_module(self._original_module)
+                for parameter, waiting in zip(self._parameters_in_order, waits, strict=True):
+                    if waiting:
+                        # Its hook notes that it was used; no other rank takes part yet.
+                        parameter.backward(torch.zeros_like(parameter))
+        finally:
+            strategy._ddp_kwargs = options
+        # The same object, because an accumulation may be under way that switched its sync off.
+        vars(ddp).update(vars(made))
+        for hook, state in hooks:
+            ddp.register_comm_hook(state, hook)
+        fix_bucket_order(ddp)
+        ddp.require_backward_grad_sync = is_synchronising
+        for parameter, gradient in zip(self._parameters_in_order, gradients, strict=True):
+            parameter.grad = gradient
+        self.__dict__["_reduced"] = reduced
+        self.__dict__["_num_changes"] += 1
+
+
+def improved(wrapped: _FabricModule) -> WrappedModule:
+    """Fabric's wrapper, in place, as one of ours: callbacks have been given it already."""
+    if isinstance(wrapped, WrappedModule):
+        return wrapped
+    is_sharded = any(isinstance(part, FSDPModule) for part in wrapped._original_module.modules())
+    kind = ShardedModule if is_sharded else WrappedModule
+    if isinstance(wrapped._strategy, DDPStrategy):
+        kind = ReplicatedModule
+    # Not by Fabric's __setattr__, which would change the user's module as well.
+    object.__setattr__(wrapped, "__class__", kind)
+    assert isinstance(wrapped, WrappedModule)
+    if isinstance(wrapped, ReplicatedModule):
+        wrapped.follow_from_now_on()
+    return wrapped
+
+
+def call_through(
+    outer: nn.Module, original: nn.Module, method: Callable[..., Any], /, *args: Any, **kwargs: Any
+) -> Any:
+    """Call ``outer``, whose ``forward`` ends in ``original``'s, with a method in place of that.
+
+    The hooks of both run around it. Afterwards, and inside the method, everything is as before.
+    """
+    attributes = vars(original)
+    names = ("forward", "_compiled_call_impl")
+    found = {name: attributes[name] for name in names if name in attributes}
+
+    def restore() -> None:
+        for name in names:
+            if name in found:
+                attributes[name] = found[name]
+            else:
+                attributes.pop(name, None)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        restore()
+        return method(*args, **kwargs)
+
+    attributes["forward"] = forward
+    attributes["_compiled_call_impl"] = None
+    try:
+        return outer(*args, **kwargs)
+    finally:
+        restore()
+
+
+def needs_backward(output: Any) -> bool:
+    """Whether a backward pass can start from any tensor in an output."""
+    if isinstance(output, Tensor):
+        return output.requires_grad
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(output))
+
+
+@contextmanager
+def requiring_gradients(parameters: list[nn.Parameter], flags: list[bool]) -> Iterator[None]:
+    """Set ``requires_grad`` of each parameter inside, and back."""
+    before = [p.requires_grad for p in parameters]
+    try:
+        for parameter, flag in zip(parameters, flags, strict=True):
+            parameter.requires_grad_(flag)
+        yield
+    finally:
+        for parameter, flag in zip(parameters, before, strict=True):
+            parameter.requires_grad_(flag)
+
+
+def _uncompiled(module: nn.Module) -> nn.Module:
+    inner = getattr(module, "_orig_mod", module)
+    assert isinstance(inner, nn.Module)
+    return inner
