@@ -277,7 +277,7 @@ class FitLoop:
                 values.add(*observation(result, loader.num_samples), prefix=f"{phase}/")
                 if phase != "sanity":
                     self.check()
-            parts = trainer.world.all_gather_object(totals([values.take()])[0])
+            parts = trainer.world.gather_data_parallel(totals([values.take()])[0])
             means, metrics = merge_ranks(parts), trainer.metrics.compute(phase)
             if both := means.keys() & metrics.keys():
                 raise ConfigError(

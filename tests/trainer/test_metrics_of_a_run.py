@@ -145,3 +145,19 @@ def test_a_weight_counts_in_logged_means_and_in_validation(tmp_path: Path) -> No
     assert validated == sum(m * w for m, w in zip(means, weights, strict=True)) / sum(weights)
     assert rows(trainer, "val/weight") == rows(trainer, "train/weight") == []
     assert len(rows(trainer, "train/of_batch")) == 3
+
+
+def test_a_run_that_ends_inside_an_epoch_and_saves_nothing_logs_its_last_steps(
+    tmp_path: Path,
+) -> None:
+    rows = []
+
+    class InMemory:
+        def log_metrics(self, metrics: Any, step: int) -> None:
+            rows.append(step)
+
+        def finalize(self, status: str) -> None:
+            pass
+
+    tiny(tmp_path, enable=False, max_steps=4, loggers={"memory": InMemory()}).fit()
+    assert rows == [1, 2, 3, 4]

@@ -95,6 +95,10 @@ class MetricLogger(Callback):
         if values := trainer.logged.take():
             self._pending.append((self._place(trainer), values))
 
+    def post_fit(self, trainer: BaseTrainer) -> None:
+        """Write the last rows; nothing else does in a run that ends inside an epoch unsaved."""
+        self.flush(trainer)
+
     def close(self, trainer: BaseTrainer) -> None:
         """Close the log.
 
@@ -115,7 +119,7 @@ class MetricLogger(Callback):
         if not self._pending:
             return
         pending, self._pending = self._pending, []
-        parts = trainer.world.all_gather_object(totals(row for _, row in pending))
+        parts = trainer.world.gather_data_parallel(totals(row for _, row in pending))
         rows = [
             place | merge_ranks([part[index] for part in parts])
             for index, (place, _) in enumerate(pending)

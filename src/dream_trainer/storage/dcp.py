@@ -16,6 +16,7 @@ import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,10 +27,13 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.tensor import DTensor
+from torch.futures import Future
 
 from dream_trainer.errors import CheckpointError
 from dream_trainer.storage.collective import Ranks
+from dream_trainer.storage.slices import WORTHWHILE_BYTES, FileView, read_slice
 from dream_trainer.storage.tree import Tree, TreePath, join, merge, split
 
 #: ``like(path, size)`` gives the tensor whose device and sharding a read one should have, or
@@ -259,8 +263,26 @@ class _SafeReader(dcp.FileSystemReader):
     """Reads ``.metadata`` with an unpickler that knows only the metadata classes.
 
     The reader it derives from unpickles whatever the file says, so a stranger's checkpoint
-    could run code.
+    could run code. It also reads the whole of a tensor of which a part is wanted.
     """
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        left = [item for item in plan.items if not self._read_slice(item, planner)]
+        return super().read_data(replace(plan, items=left), planner)
+
+    def _read_slice(self, item: ReadItem, planner: LoadPlanner) -> bool:
+        """Whether a request is for a part of a large tensor, and was answered."""
+        info = self.storage_data[item.storage_index]
+        target = planner.resolve_tensor(item).detach()
+        is_part = info.length > target.nbytes + WORTHWHILE_BYTES
+        if not is_part or info.transform_descriptors:
+            return False
+        with (Path(self.path) / info.relative_path).open("rb") as stream:
+            saved = FileView(stream, info.offset, info.length)
+            if not read_slice(saved, item.storage_offsets, target):
+                return False
+        planner.commit_tensor(item, target)
+        return True
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:

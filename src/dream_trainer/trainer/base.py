@@ -46,7 +46,13 @@ from dream_trainer.trainer.run_directory import (
 )
 from dream_trainer.trainer.run_lock import RunLock
 from dream_trainer.trainer.running import running
-from dream_trainer.trainer.state import apply_state, check_finite, gather_state, seed_rank
+from dream_trainer.trainer.state import (
+    OwnState,
+    apply_state,
+    check_finite,
+    gather_state,
+    seed_rank,
+)
 from dream_trainer.world.component_state import gradients
 from dream_trainer.world.gradient_norm import scale
 from dream_trainer.world.launchers import job_id
@@ -367,7 +373,7 @@ class BaseTrainer(AbstractTrainer):
         """
         self.prepare()
         loaded = self.checkpointer.load(path, self.components.template())
-        self.load_state_dict(loaded.state, strict)
+        self.load_state_dict(OwnState(loaded.state), strict)
 
     # ------------------------------------------------------------------ what callbacks read
 

@@ -89,23 +89,30 @@ class Components:
                 problems += [f"{kind}.{name}.{problem}" for problem in found]
         return problems
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load what fits; the argument is not changed and not kept."""
+    def load_state_dict(self, state: Mapping[str, Any], *, copies: bool = True) -> None:
+        """Load what fits; the argument is not changed.
+
+        Args:
+            state: by component name, then by parameter name.
+            copies: False lets components keep tensors of the state as their own.
+        """
         names = parameter_names(self.models)
         for kind, own in self._kinds().items():
             # In the order of `own`: a set's order differs by rank, and spreading a tensor is a
             # collective.
             for name in (name for name in own if name in state.get(kind, {})):
                 if kind == "models":
-                    load_module_state(own[name], state[kind][name])
+                    load_module_state(own[name], state[kind][name], copies=copies)
                 elif kind == "optimizers":
-                    load_optimizer_state(own[name], state[kind][name], names, self.models)
+                    load_optimizer_state(
+                        own[name], state[kind][name], names, self.models, copies=copies
+                    )
                 else:
                     own[name].load_state_dict(copy.deepcopy(state[kind][name]))
 
     def template(self) -> Like:
         """Templates for reading a checkpoint: what is sharded here comes back sharded."""
-        return state_template(self.models, parameter_names(self.models))
+        return state_template(self.models)
 
     def _kinds(self) -> dict[str, Mapping[str, Any]]:
         return {

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from dream_trainer.metrics import to_host
+from dream_trainer.trainer.metric_states import merged_over_ranks, updated_metrics
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
@@ -60,18 +62,16 @@ class MetricPhases:
             ``"phase/name"``, or ``"phase/name/part"`` for results of several values.
         """
         copies = self._copies(phase)
-        # A rank without data takes part all the same: computing is a collective.
-        mine = [name for name, metric in copies.items() if _was_updated(metric)]
-        updated = {n for names in self._trainer.world.all_gather_object(mine) for n in names}
-        values: dict[str, Any] = {}
-        for name in sorted(updated):
-            result = copies[name].compute()
-            if isinstance(result, Mapping):
-                values |= {f"{phase}/{name}/{key}": value for key, value in result.items()}
-            elif getattr(result, "ndim", 0):
-                values |= {f"{phase}/{name}/{i}": value for i, value in enumerate(result)}
-            else:
-                values[f"{phase}/{name}"] = result
+        with self._over_ranks(dict(_flat(copies))) as updated:
+            values: dict[str, Any] = {}
+            for name in sorted({path.partition(".")[0] for path in updated}):
+                result = copies[name].compute()
+                if isinstance(result, Mapping):
+                    values |= {f"{phase}/{name}/{key}": value for key, value in result.items()}
+                elif getattr(result, "ndim", 0):
+                    values |= {f"{phase}/{name}/{i}": value for i, value in enumerate(result)}
+                else:
+                    values[f"{phase}/{name}"] = result
         return dict(zip(values, to_host(list(values.values())), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
@@ -100,6 +100,12 @@ class MetricPhases:
                 setattr(metric, name, _on_device(copy.deepcopy(value), metric))
             vars(metric).update(state[path]["counts"])
             metric._computed = None
+
+    def _over_ranks(self, metrics: Mapping[str, Metric]) -> AbstractContextManager[set[str]]:
+        world = self._trainer.world
+        if world.size == 1:
+            return nullcontext(updated_metrics(metrics))
+        return merged_over_ranks(metrics, world.gather_data_parallel)
 
     def _training_metrics(self) -> Iterator[tuple[str, Metric]]:
         yield from _flat(self._copies("train"))
@@ -139,10 +145,6 @@ def _buffers(metric: Metric) -> dict[str, Any]:
         if isinstance(value, Tensor) and name[0] != "_" and name not in metric.metric_state
     }
     return plain | dict(metric.named_buffers(recurse=False))
-
-
-def _was_updated(metric: AnyMetric) -> bool:
-    return any(part.update_called for _, part in _flat({"": metric}))
 
 
 def _on_device(value: Any, metric: Metric) -> Any:

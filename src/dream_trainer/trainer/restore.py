@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from dream_trainer.errors import ConfigError, StateError
 from dream_trainer.trainer.run_directory import record_config
+from dream_trainer.trainer.state import OwnState
 from dream_trainer.trainer.warm_start import load_weights
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def restore(trainer: BaseTrainer, *, read_only: bool) -> None:
         )
     if loaded is not None:
         try:
-            trainer.load_state_dict(loaded.state)
+            trainer.load_state_dict(OwnState(loaded.state))
         except StateError as error:
             raise StateError(
                 str(loaded.path),

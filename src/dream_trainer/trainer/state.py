@@ -31,6 +31,10 @@ _PARTS = ("trainer", "dataloaders", "callbacks", "precision", "rng")
 _KNOWN = {*_PARTS, "models", "optimizers", "schedulers"}
 
 
+class OwnState(dict[str, Any]):
+    """A state that nobody else has: a trainer may keep its tensors instead of copying them."""
+
+
 def gather_state(trainer: BaseTrainer) -> dict[str, Any]:
     """See `state_dict`."""
     if trainer.is_in_step:
@@ -73,7 +77,7 @@ def gather_state(trainer: BaseTrainer) -> dict[str, Any]:
 
 def apply_state(trainer: BaseTrainer, state: Mapping[str, Any], strict: bool) -> None:
     """See `load_state_dict`."""
-    is_same_rank = _is_same_rank(trainer, state)
+    is_same_rank, copies = _is_same_rank(trainer, state), not isinstance(state, OwnState)
     if not is_same_rank:
         state = _before_window(state)
     problems = trainer.components.problems(state)
@@ -94,7 +98,7 @@ def apply_state(trainer: BaseTrainer, state: Mapping[str, Any], strict: bool) ->
             problems += [f"dataloaders.train: {problem}" for problem in error.problems]
     if problems:
         warnings.warn("not loaded:\n  - " + "\n  - ".join(problems), stacklevel=3)
-    trainer.components.load_state_dict(state)
+    trainer.components.load_state_dict(state, copies=copies)
     own = state.get("trainer", {})
     trainer.progress.load_state_dict(own.get("progress", {}))
     trainer.callbacks.load_state_dict(state.get("callbacks", {}))

@@ -59,7 +59,7 @@ def load_weights(trainer: BaseTrainer, given: str) -> None:
         )
     if problems and world.is_global_zero:
         warnings.warn(f"not loaded from {path}:\n  - " + "\n  - ".join(problems), stacklevel=2)
-    trainer.components.load_state_dict(weights)
+    trainer.components.load_state_dict(weights, copies=False)  # they were read for this
     world.print(f"weights from {path}: {num_fitting} of {num_own}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,14 +29,8 @@ def parameter_names(models: Mapping[str, nn.Module]) -> dict[int, str]:
     A parameter that several modules share has its first name.
     """
     names: dict[int, str] = {}
-    for model_name, model in models.items():
-        for part in model.modules():
-            if isinstance(part, FSDPModule):
-                # After a forward without backward its parameters are the gathered ones, which
-                # no optimizer knows.
-                part.reshard()
-        for name, parameter in model.named_parameters():
-            names.setdefault(id(parameter), f"{model_name}.{clean_name(name)}")
+    for name, parameter in _every_name(models):
+        names.setdefault(id(parameter), name)
     return names
 
 
@@ -83,11 +77,17 @@ def module_problems(module: nn.Module, state: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def load_module_state(module: nn.Module, state: Mapping[str, Any]) -> None:
-    """Load what fits of a state that was made under this or any other strategy."""
+def load_module_state(module: nn.Module, state: Mapping[str, Any], *, copies: bool = True) -> None:
+    """Load what fits of a state that was made under this or any other strategy.
+
+    Args:
+        module: what to load into.
+        state: parameters and buffers by name.
+        copies: False lets the module keep what it is given, where it keeps anything at all.
+    """
     own = {clean_name(name): (name, value) for name, value in module.state_dict().items()}
     fitting = {
-        own[name][0]: _laid_out_like(value, own[name][1])
+        own[name][0]: _laid_out_like(value, own[name][1], copies=copies)
         for name, value in state.items()
         if name in own and _fits(value, own[name][1])
     }
@@ -144,17 +144,29 @@ def load_optimizer_state(
     state: Mapping[str, Any],
     names: Mapping[int, str],
     models: Mapping[str, nn.Module],
+    *,
+    copies: bool = True,
 ) -> None:
     """Load the state of the parameters that fit, and the settings of the groups.
 
     Groups that were added while the run went on are added here, too.
+
+    Args:
+        optimizer: what to load into.
+        state: what `optimizer_state` gave, under any strategy.
+        names: of the parameters here.
+        models: which they belong to.
+        copies: False lets the optimizer keep the tensors of the state as its own.
     """
     for group in _added_groups(optimizer, state, names, models):
         optimizer.add_param_group({**group, "params": list(group["params"].values())})
     parameters = _parameters_by_name(optimizer, names)
     indices = {name: index for index, name in enumerate(parameters)}
     entries = {
-        indices[name]: {key: _laid_out_like(v, parameters[name]) for key, v in entry.items()}
+        indices[name]: {
+            key: _laid_out_like(value, parameters[name], copies=copies)
+            for key, value in entry.items()
+        }
         for name, entry in state["state"].items()
         if name in parameters
         and all(_fits_parameter(value, parameters[name]) for value in entry.values())
@@ -232,15 +244,11 @@ def load_gradients(models: Mapping[str, nn.Module], state: Mapping[str, Tensor])
 
 
 def state_template(
-    models: Mapping[str, nn.Module], names: Mapping[int, str]
+    models: Mapping[str, nn.Module],
 ) -> Callable[[tuple[str | int, ...], torch.Size], Tensor | None]:
     """Templates for reading: sharded models and their optimizer state come back sharded."""
-    sharded = {
-        names[id(parameter)]: parameter
-        for model in models.values()
-        for parameter in model.parameters()
-        if isinstance(parameter, DTensor)
-    }
+    # By every name of a parameter that modules share: under a second one it would be read whole.
+    sharded = {name: p for name, p in _every_name(models) if isinstance(p, DTensor)}
 
     def like(path: tuple[str | int, ...], size: torch.Size) -> Tensor | None:
         if not sharded:
@@ -292,6 +300,18 @@ def _added_groups(
     ]
 
 
+def _every_name(models: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Each parameter under each of its names."""
+    for model_name, model in models.items():
+        for part in model.modules():
+            if isinstance(part, FSDPModule):
+                # After a forward without backward its parameters are the gathered ones, which
+                # no optimizer knows.
+                part.reshard()
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            yield f"{model_name}.{clean_name(name)}", parameter
+
+
 def _names_by_index(optimizer: Optimizer, names: Mapping[int, str]) -> dict[int, str]:
     return dict(enumerate(_parameters_by_name(optimizer, names)))
 
@@ -324,15 +344,17 @@ def _described(value: Any) -> str:
     return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def _laid_out_like(value: Any, target: Any) -> Any:
+def _laid_out_like(value: Any, target: Any, *, copies: bool = True) -> Any:
     """A copy of ``value``, sharded like ``target`` if that is sharded and of the same shape.
 
-    A copy, because modules and optimizers keep what they are given and change it in place.
+    A copy, because modules and optimizers keep what they are given and change it in place; where
+    nobody else has the value, it would be a second shard in memory for nothing.
     """
     if not isinstance(value, Tensor):
         return copy.deepcopy(value)
     if isinstance(target, DTensor):
-        if isinstance(value, DTensor) or value.shape != target.shape:
-            return value.clone()
-        return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
-    return value.full_tensor() if isinstance(value, DTensor) else value.clone()
+        if not isinstance(value, DTensor) and value.shape == target.shape:
+            return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
+    elif isinstance(value, DTensor):
+        return value.full_tensor()
+    return value.clone() if copies else value

@@ -426,6 +426,13 @@ class DreamWorld:
         """The value of every rank, in rank order. Any object that pickles."""
         return self.ranks.gather(value)
 
+    def gather_data_parallel(self, value: T) -> list[T]:
+        """The values of the ranks that have different samples, in the order of ``dp_rank``.
+
+        Of ranks that share samples (tensor parallel) one counts, or a sum would count them twice.
+        """
+        return self.all_gather_object(value)[:: self.tp_size]
+
     @property
     def ranks(self) -> Ranks:
         """All ranks, for what works on files."""

@@ -279,7 +279,7 @@ class MeshStrategy(ModelParallelStrategy):
         state = {} if state is None else state
         models = {key: value for key, value in state.items() if isinstance(value, nn.Module)}
         names = parameter_names(models)
-        tree, _ = read_tree(source, state_template(models, names), rank=self.global_rank)
+        tree, _ = read_tree(source, state_template(models), rank=self.global_rank)
         kinds = {key: kind for kind, entries in tree.items() for key in entries}
         problems = [f"{key}: not in the checkpoint" for key in state if key not in kinds]
         found = [key for key in state if key in kinds]
