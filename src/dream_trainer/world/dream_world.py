@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -229,7 +230,8 @@ class DreamWorld:
     @property
     def spawns(self) -> bool:
         """Whether these ranks are fresh processes that everything must be sent to."""
-        return self.starts_functions and self.strategy.launcher._start_method != "fork"
+        launcher = getattr(self.strategy, "launcher", None)
+        return self.starts_functions and not getattr(launcher, "is_interactive_compatible", True)
 
     def start(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Run a function on ranks that are forked or spawned for it, and wait for them.
@@ -245,7 +247,7 @@ class DreamWorld:
         """
         before, port = set(multiprocessing.active_children()), os.environ.get("MASTER_PORT")
         try:
-            self._fabric.launch(_on_rank, self, function, arguments)
+            self._fabric.launch(partial(_on_rank, self, function, arguments))
         except BaseException as error:
             ranks = set(multiprocessing.active_children()) - before
             _end_ranks(ranks, is_asked=isinstance(error, KeyboardInterrupt))
@@ -532,10 +534,10 @@ def unwrap(wrapped: Any) -> Any:
 
 
 def _on_rank(
-    fabric: Fabric, world: DreamWorld, function: Callable[..., Any], arguments: tuple[Any, ...]
+    world: DreamWorld, function: Callable[..., Any], arguments: tuple[Any, ...], _: Fabric
 ) -> None:
     """What a started rank does. It returns nothing: Fabric's queue for it blocks when full."""
-    world._opened_group = True
+    world._opened_group = _has_group()
     function(*arguments)
     world.close()
 
