@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 import torch
 import train
+from support import free_port
 
 SCRIPT = Path(train.__file__)
 SOURCES = SCRIPT.parents[2] / "src"
@@ -176,6 +177,14 @@ def run_forks(
         output = "\n".join(process.output for process in forks)
         assert not any(codes), f"exit codes {codes}\n{output}"
         return output
+
+
+def torchrun_variables(size: int) -> list[dict[str, str]]:
+    """What torchrun gives each of so many processes on one machine."""
+    port = str(free_port())
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": port}
+    sizes = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "GROUP_RANK": "0"}
+    return [common | sizes | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(size)]
 
 
 def agent(words: str, *arguments: Any, folder: Path, **variables: str) -> Process:

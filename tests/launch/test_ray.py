@@ -7,8 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from launched import SCRIPT, ends, only, run, run_forks, train_here
-from support import free_port
+from launched import SCRIPT, ends, only, run, run_forks, torchrun_variables, train_here
 
 pytestmark = [
     pytest.mark.may_leave("rng"),
@@ -17,13 +16,6 @@ pytestmark = [
     pytest.mark.timeout(400),
     pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed"),
 ]
-
-
-def torchrun_variables(size: int) -> list[dict[str, str]]:
-    port = str(free_port())
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": port}
-    sizes = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "GROUP_RANK": "0"}
-    return [common | sizes | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(size)]
 
 
 @pytest.mark.parametrize(
