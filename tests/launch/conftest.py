@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from launched import ends, run_forks, train_here
-from support import free_port
+from launched import ends, run_forks, torchrun_variables, train_here
 
 
 @pytest.fixture(scope="module")
@@ -17,10 +16,3 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     one, other = ends(folder)
     assert one["digest"] == other["digest"]
     return one
-
-
-def torchrun_variables(size: int) -> list[dict[str, str]]:
-    port = str(free_port())
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": port}
-    sizes = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "GROUP_RANK": "0"}
-    return [common | sizes | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(size)]

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from typing import Any
 import psutil
 import torch
 import train
+from support import free_port
 
 SCRIPT = Path(train.__file__)
 SOURCES = SCRIPT.parents[2] / "src"
@@ -62,16 +64,20 @@ class Process:
         self._code: int | None = None
 
     @classmethod
-    def command(cls, words: Sequence[object], folder: Path, **variables: str) -> Process:
-        """Start what a user types, in a folder."""
+    def command(
+        cls, words: Sequence[object], folder: Path, typed: str = "", **variables: str
+    ) -> Process:
+        """Start what a user types, in a folder; then type more."""
         log = folder / f"log-{time.monotonic_ns()}"
-        with log.open("w") as out:
+        with log.open("w") as out, tempfile.TemporaryFile("w+") as lines:
+            lines.write(typed)
+            lines.seek(0)
             # Without its own session, a signal to the group would be one to pytest.
             started = subprocess.Popen(
                 [str(word) for word in words],
                 cwd=folder,
                 env=environment(**variables),
-                stdin=subprocess.DEVNULL,
+                stdin=lines,
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -92,7 +98,7 @@ class Process:
             _child(function, arguments, log, folder, environment(**variables))
         return cls(pid, log)
 
-    def wait(self) -> int:
+    def wait(self, seconds: float = SECONDS) -> int:
         """The exit code, negative for a signal.
 
         Raises:
@@ -100,10 +106,10 @@ class Process:
         """
         if self._code is None:
             try:
-                self._code = int(self._process.wait(SECONDS))
+                self._code = int(self._process.wait(seconds))
             except psutil.TimeoutExpired:
                 self.kill()
-                raise AssertionError(f"not done after {SECONDS} s\n{self.output}") from None
+                raise AssertionError(f"not done after {seconds} s\n{self.output}") from None
         return self._code
 
     def kill(self) -> None:
@@ -116,13 +122,13 @@ class Process:
                 process.kill()
         psutil.wait_procs(tree, 10)
 
+    def interrupt(self) -> None:
+        """Ctrl-C as a notebook's kernel gets it: alone."""
+        self._process.send_signal(signal.SIGINT)
+
     @property
     def output(self) -> str:
         return self._log.read_text(errors="replace")
-
-    @property
-    def num_descendants(self) -> int:
-        return len(self._process.children(recursive=True))
 
 
 @contextlib.contextmanager
@@ -135,12 +141,19 @@ def together(processes: Sequence[Process]) -> Iterator[Sequence[Process]]:
             process.kill()
 
 
-def run(words: Sequence[object], folder: Path, code: int = 0, **variables: str) -> str:
-    """What a command prints; it must end with this code, and leave nobody behind."""
+def run(
+    words: Sequence[object],
+    folder: Path,
+    *,
+    typed: str = "",
+    seconds: float = SECONDS,
+    **variables: str,
+) -> str:
+    """What a command prints; it must end with status 0, and leave nobody behind."""
     before = set(psutil.pids())
-    with together([Process.command(words, folder, **variables)]) as (process,):
-        ended = process.wait()
-        assert ended == code, f"exit code {ended}\n{process.output}"
+    with together([Process.command(words, folder, typed, **variables)]) as (process,):
+        ended = process.wait(seconds)
+        assert ended == 0, f"exit code {ended}\n{process.output}"
         assert not _left_behind(before, folder), f"left behind: {_left_behind(before, folder)}"
         return process.output
 
@@ -150,8 +163,11 @@ def _left_behind(before: set[int], folder: Path) -> list[str]:
     for process in psutil.process_iter():
         if process.pid not in before:
             with contextlib.suppress(psutil.Error):
-                if process.cwd() == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(f"{process.pid} {process.cmdline()}")
+                words = process.cmdline()  # none, if it is a zombie
+                # Python's own tracker of shared memory goes a moment later.
+                is_ours = words and "resource_tracker" not in " ".join(words)
+                if is_ours and process.cwd() == str(folder):
+                    found.append(f"{process.pid} {words}")
     return found
 
 
@@ -169,6 +185,14 @@ def run_forks(
         output = "\n".join(process.output for process in forks)
         assert not any(codes), f"exit codes {codes}\n{output}"
         return output
+
+
+def torchrun_variables(size: int) -> list[dict[str, str]]:
+    """What torchrun gives each of so many processes on one machine."""
+    port = str(free_port())
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": port}
+    sizes = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "GROUP_RANK": "0"}
+    return [common | sizes | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(size)]
 
 
 def agent(words: str, *arguments: Any, folder: Path, **variables: str) -> Process:

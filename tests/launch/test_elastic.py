@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 import train
-from launched import agent, ends, only, run_forks, together, train_here, wait_until
+from launched import (
+    agent,
+    ends,
+    only,
+    run_forks,
+    together,
+    torchrun_variables,
+    train_here,
+    wait_until,
+)
 from support import free_port, mlp
 
 pytestmark = [pytest.mark.may_leave("rng"), pytest.mark.distributed]
@@ -30,25 +39,8 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def end(size: int, kind: type[train.Trainer] = train.Trainer) -> dict[str, Any]:
         if (size, kind) not in known:
             folder = tmp_path_factory.mktemp("straight")
-            port = str(free_port())
-            run_forks(
-                train_here,
-                folder,
-                kind,
-                folder=folder,
-                ranks=[
-                    {
-                        "TORCHELASTIC_RUN_ID": port,
-                        "MASTER_ADDR": "127.0.0.1",
-                        "MASTER_PORT": port,
-                        "RANK": str(rank),
-                        "LOCAL_RANK": str(rank),
-                        "WORLD_SIZE": str(size),
-                        "LOCAL_WORLD_SIZE": str(size),
-                    }
-                    for rank in range(size)
-                ],
-            )
+            ranks = torchrun_variables(size)
+            run_forks(train_here, folder, kind, folder=folder, ranks=ranks)
             known[size, kind], *_ = ends(folder)
         return known[size, kind]
 

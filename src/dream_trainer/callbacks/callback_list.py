@@ -37,6 +37,7 @@ class CallbackList(Callback):
         if problems:
             raise ConfigError("callbacks", problems, "Derive it from dream_trainer.Callback.")
         # One that is registered both here and on the Fabric is called once.
+        self._foreign = list(foreign)
         own = set(map(id, self._callbacks.values()))
         everyone = [*self._callbacks.values(), *(one for one in foreign if id(one) not in own)]
         for hook in HOOKS:
@@ -48,6 +49,10 @@ class CallbackList(Callback):
                 and getattr(type(one), hook, None) is not inherited
             ]
             setattr(self, hook, _dispatcher(listeners))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Dispatchers do not pickle, and ranks that are spawned make their own.
+        return type(self), (self._callbacks, self._foreign)
 
     def __getitem__(self, name: str) -> Callback:
         return self._callbacks[name]

@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -38,6 +38,7 @@ from dream_trainer.trainer.abstract import AbstractTrainer, AbstractTrainerConfi
 from dream_trainer.trainer.components import Components, find_module, steppable_schedulers
 from dream_trainer.trainer.loaders import adopt_loader, count_training_steps
 from dream_trainer.trainer.metric_phases import MetricPhases
+from dream_trainer.trainer.ranks_elsewhere import bring_back, run_on_ranks
 from dream_trainer.trainer.restore import lock_run_directory, open_run_directory, restore
 from dream_trainer.trainer.run_directory import (
     config_yaml,
@@ -123,6 +124,7 @@ class BaseTrainer(AbstractTrainer):
         is_running: whether `fit`, `validate`, `test` or `predict` is under way.
         is_fitting: whether `fit` is under way.
         is_resumed: whether the run continues from a checkpoint.
+        is_brought_back: whether ranks that were forked or spawned have ended, and left this.
         is_interrupted_between_batches: in ``on_interrupt``, whether the state is whole.
         stop_reason: what `stop` was told; None while the run may go on.
         validation_results: of the last validation of the run, by name.
@@ -152,24 +154,36 @@ class BaseTrainer(AbstractTrainer):
         self.logged = LoggedValues()
         self.is_running = self.is_fitting = self.is_resumed = False
         self.is_interrupted_between_batches = False
+        self.is_brought_back = False
         self.stop_reason: str | None = None
+        self._connect()
+        self.validation_results: Mapping[str, float] = {}
+        self.describe_config: Callable[[Any], str] = config_yaml
+        self._is_prepared = self._is_restored = False
+        self._rng_state: Mapping[str, Any] | None = None
+        self._loaders: dict[str, ResumableLoader] = {}
+        self.window = AccumulationWindow(1, 1, _on_its_own)
+
+    def _connect(self) -> None:
+        """Make what looks at the other ranks and at signals."""
         self.place = Place()
         agreement = StopAgreement(lambda: self.watch.require_all())
-        self.watch = RankWatch(
-            self.world, self.place, agreement, config.device_parameters.failure_timeout_seconds
-        )
+        timeout = self.config.device_parameters.failure_timeout_seconds
+        self.watch = RankWatch(self.world, self.place, agreement, timeout)
         self.interruption = Interruption(
             agreement,
             self.training_parameters.preemption_signals,
             self.training_parameters.grace_seconds,
             is_pointless=self.watch.look_now,
         )
-        self.validation_results: Mapping[str, float] = {}
-        self.describe_config: Callable[[Any], str] = config_yaml
-        self._is_prepared = self._is_restored = False
-        self._rng_state: Mapping[str, Any] | None = None
-        self._loaders: dict[str, ResumableLoader] = {}
-        self.window = AccumulationWindow(1, 1, lambda total: total)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Locks cannot be sent to a spawned rank, which makes its own.
+        return {n: v for n, v in vars(self).items() if n not in ("place", "watch", "interruption")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._connect()
 
     # ------------------------------------------------------------------ what users write
 
@@ -223,6 +237,14 @@ class BaseTrainer(AbstractTrainer):
                 "an exception left this trainer in the middle of a training step. Make a new one: "
                 "it continues from the last checkpoint."
             )
+        if self.is_brought_back:
+            raise RuntimeError(
+                "the ranks of this trainer have ended; what is here is what they left. Make a new "
+                "one: it continues from the last checkpoint."
+            )
+        if self.world.starts_functions:
+            bring_back(self, run_on_ranks(self, "fit"))
+            return
         with running(self):
             self.stop_reason = None
             self.prepare()
@@ -247,6 +269,8 @@ class BaseTrainer(AbstractTrainer):
         Returns:
             The results, the same on every rank.
         """
+        if self.world.starts_functions:
+            return cast("dict[str, float]", run_on_ranks(self, "validate").result)
         with running(self):
             self.prepare()
             self._restore()
@@ -262,6 +286,8 @@ class BaseTrainer(AbstractTrainer):
         Returns:
             The results, the same on every rank.
         """
+        if self.world.starts_functions:
+            return cast("dict[str, float]", run_on_ranks(self, "test", dataloader).result)
         with running(self):
             self.prepare()
             self._restore()
@@ -273,6 +299,12 @@ class BaseTrainer(AbstractTrainer):
         Returns:
             What it returned for each batch of this rank, in order.
         """
+        if self.world.starts_functions:
+            raise ConfigError(
+                "device_parameters",
+                ["predict returns a part on each rank, and this strategy starts them elsewhere"],
+                "Predict with devices=1.",
+            )
         with running(self):
             self.prepare()
             self._restore()
@@ -596,3 +628,7 @@ class BaseTrainer(AbstractTrainer):
         # Ranks that share samples add the same number, so the sum is too large by their count.
         summed: Tensor = self.world.all_reduce(total, op="sum")
         return summed / self.world.tp_size
+
+
+def _on_its_own(total: Tensor) -> Tensor:
+    return total

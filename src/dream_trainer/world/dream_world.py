@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -22,6 +26,9 @@ from lightning.fabric.strategies import (
     ParallelStrategy,
     SingleDeviceStrategy,
     Strategy,
+)
+from lightning.fabric.strategies.launchers.multiprocessing import (
+    _MultiProcessingLauncher as _Functions,
 )
 from lightning.fabric.strategies.launchers.subprocess_script import (
     _SubprocessScriptLauncher as _Subprocesses,
@@ -206,6 +213,11 @@ class DreamWorld:
 
     def launch(self) -> None:
         """Start the other processes and join the process group. Calling it again is harmless."""
+        if self.starts_functions:
+            raise RuntimeError(
+                "this strategy forks or spawns its ranks with a function to run. Call "
+                "trainer.fit(), or world.start(function)."
+            )
         if not self._fabric._launched:
             had_group = _has_group()
             with fresh_store():
@@ -231,6 +243,44 @@ class DreamWorld:
     def release_children(self) -> None:
         """Let Fabric's observer look after them again."""
         self._observed[:] = self._children
+
+    @property
+    def starts_functions(self) -> bool:
+        """Whether ranks are forked or spawned to run a function, as notebooks need."""
+        launcher = getattr(self.strategy, "launcher", None)
+        return isinstance(launcher, _Functions) and not self._fabric._launched
+
+    @property
+    def spawns(self) -> bool:
+        """Whether these ranks are fresh processes that everything must be sent to."""
+        launcher = getattr(self.strategy, "launcher", None)
+        return self.starts_functions and not getattr(launcher, "is_interactive_compatible", True)
+
+    def start(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Run a function on ranks that are forked or spawned for it, and wait for them.
+
+        Ctrl-C reaches them all; they have half a minute to save.
+
+        Args:
+            function: called on each rank, with this world launched there.
+            *arguments: for the function. Under ``"ddp_spawn"`` all of it must pickle.
+
+        Raises:
+            torch.multiprocessing.ProcessRaisedException: with the traceback of a rank that failed.
+        """
+        before, port = set(multiprocessing.active_children()), os.environ.get("MASTER_PORT")
+        try:
+            self._fabric.launch(partial(_on_rank, self, function, arguments))
+        except BaseException as error:
+            ranks = set(multiprocessing.active_children()) - before
+            _end_ranks(ranks, is_asked=isinstance(error, KeyboardInterrupt))
+            raise
+        finally:
+            # Fabric counts this process as launched, which has no rank.
+            self._fabric._launched = False
+            os.environ.pop("MASTER_PORT", None)
+            if port is not None:
+                os.environ["MASTER_PORT"] = port
 
     def close(self) -> None:
         """Leave the process group, if `launch` joined it."""
@@ -563,6 +613,30 @@ def unwrap(wrapped: Any) -> Any:
     if isinstance(wrapped, nn.parallel.DistributedDataParallel):
         return wrapped.module
     return wrapped
+
+
+def _on_rank(
+    world: DreamWorld, function: Callable[..., Any], arguments: tuple[Any, ...], _: Fabric
+) -> None:
+    """What a started rank does. It returns nothing: Fabric's queue for it blocks when full."""
+    world._opened_group = _has_group()
+    function(*arguments)
+    world.close()
+
+
+def _end_ranks(ranks: Iterable[BaseProcess], *, is_asked: bool) -> None:
+    try:
+        for rank in ranks:
+            # In a terminal Ctrl-C has reached them; a notebook's kernel gets it alone.
+            if is_asked and rank.pid is not None and not os.isatty(0):
+                os.kill(rank.pid, signal.SIGINT)
+        deadline = time.monotonic() + _SECONDS_FOR_CHILDREN * is_asked
+        for rank in ranks:
+            rank.join(max(deadline - time.monotonic(), 0))
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
 
 
 def _has_group() -> bool:
