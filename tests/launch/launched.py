@@ -147,13 +147,14 @@ def run(
     *,
     typed: str = "",
     seconds: float = SECONDS,
+    status: int = 0,
     **variables: str,
 ) -> str:
-    """What a command prints; it must end with status 0, and leave nobody behind."""
+    """What a command prints; it must end with this status, and leave nobody behind."""
     before = set(psutil.pids())
     with together([Process.command(words, folder, typed, **variables)]) as (process,):
         ended = process.wait(seconds)
-        assert ended == 0, f"exit code {ended}\n{process.output}"
+        assert ended == status, f"exit status {ended}\n{process.output}"
         assert not _left_behind(before, folder), f"left behind: {_left_behind(before, folder)}"
         return process.output
 

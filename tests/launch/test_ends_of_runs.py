@@ -17,7 +17,7 @@ PYTHON += ["--device_parameters.devices", 2]
 
 
 def test_a_rank_that_is_lost_under_fabrics_launcher_is_named_and_ends_all(tmp_path: Path) -> None:
-    output = run(PYTHON, tmp_path, code=1, DIE="1:6")
+    output = run(PYTHON, tmp_path, status=1, DIE="1:6")
     assert output.count("rank 1 failed first, in training_step, step 5") >= 1
     assert output.index("failed first") < output.index("Traceback")
     assert "RankFailedError" in output
@@ -29,7 +29,7 @@ def test_a_signal_under_fabrics_launcher_saves_and_ends_with_143(
     reference: dict[str, Any],
     rank: int,
 ) -> None:
-    output = run(PYTHON, tmp_path, code=143, DIE=f"{rank}:6", DIE_OF="SIGTERM")
+    output = run(PYTHON, tmp_path, status=143, DIE=f"{rank}:6", DIE_OF="SIGTERM")
     assert "SIGTERM: stopping after this batch" in output
     assert "Traceback" not in output
     assert ends(tmp_path) == []
@@ -43,7 +43,7 @@ def test_a_signal_to_torchrun_saves_and_the_same_command_goes_on(
 ) -> None:
     words = ["--nproc-per-node", 2, "--master-port", free_port()]
     command = [BIN / "torchrun", *words, SCRIPT, *OPTIONS, "--seed", 3, "--experiment", "x"]
-    output = run(command, tmp_path, code=1, DIE="1:6", DIE_OF="SIGTERM", DIE_WITH="parent")
+    output = run(command, tmp_path, status=1, DIE="1:6", DIE_OF="SIGTERM", DIE_WITH="parent")
     assert "saved at step 6" in output
     run(command, tmp_path)
     assert only([end["digest"] for end in ends(tmp_path)]) == reference["digest"]

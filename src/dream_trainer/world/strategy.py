@@ -42,7 +42,7 @@ def fabric_arguments(parameters: DeviceParameters) -> dict[str, Any]:
             arguments["devices"] = parameters.devices
         arguments["strategy"] = parameters.strategy
     else:
-        arguments["strategy"] = _strategy(parameters, size, is_launched=launched is not None)
+        arguments["strategy"] = _own_strategy(parameters, size, is_launched=launched is not None)
     if parameters.layout == "mesh":
         arguments |= _mesh_precision(parameters)
     has_own = getattr(arguments["strategy"], "cluster_environment", None) is not None
@@ -127,7 +127,7 @@ def _launched_locally(parameters: DeviceParameters, launched: Launched) -> int:
     return launched.local
 
 
-def _strategy(parameters: DeviceParameters, size: int, *, is_launched: bool) -> Any:
+def _own_strategy(parameters: DeviceParameters, size: int, *, is_launched: bool) -> Any:
     """What the sizes choose, for so many ranks."""
     timeout = timedelta(seconds=parameters.timeout_seconds)
     forks = IS_INTERACTIVE and not is_launched and size > 1
