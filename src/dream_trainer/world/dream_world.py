@@ -56,7 +56,7 @@ from dream_trainer.world.strategy import fabric_arguments
 
 T = TypeVar("T")
 _NOTHING = nullcontext()
-_SECONDS_FOR_CHILDREN = 30.0
+_SECONDS_FOR_CHILDREN, _SECONDS_AFTER_A_FAILURE = 30.0, 5.0
 #: Fabric lets these win over its arguments without a word.
 _OVERRIDES = ("LT_ACCELERATOR", "LT_STRATEGY", "LT_DEVICES", "LT_NUM_NODES", "LT_PRECISION")
 
@@ -479,10 +479,13 @@ class DreamWorld:
 
     def _wait_for_children(self, children: list[subprocess.Popen[bytes]]) -> None:
         """At the end of a process that started others: nothing of the run outlives it."""
+        # A run that failed has left the group already. Its other ranks may be in a collective that
+        # never ends: connections stay open as long as a model refers to the group.
+        seconds = _SECONDS_FOR_CHILDREN if self._opened_group else _SECONDS_AFTER_A_FAILURE
         waiting = list(children)
         children.clear()  # or Fabric's observer would kill this process for how a child ends
-        self.close()  # who is still in a collective gets an error instead of waiting for us
-        deadline = time.monotonic() + _SECONDS_FOR_CHILDREN
+        self.close()
+        deadline = time.monotonic() + seconds
         for child in waiting:
             try:
                 child.wait(max(deadline - time.monotonic(), 0))
