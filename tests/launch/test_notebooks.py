@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import train
-from launched import Process, ends, only, run, run_forks, together, wait_until
+from launched import Process, ends, run, run_forks, together, wait_until
 
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.errors import ConfigError
@@ -76,7 +76,9 @@ def test_a_script_spawns_its_ranks(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     output = run([sys.executable, "script.py"], tmp_path)
     assert "ended 8" in output
-    assert only([end["size"] for end in ends(tmp_path)]) == 2
+    here, rank_1 = ends(tmp_path)
+    assert (here["size"], rank_1["size"]) == (1, 2)
+    assert here["digest"] == rank_1["digest"]
 
 
 # ---------------------------------------------------------------------- in a process of its own

@@ -61,7 +61,7 @@ from dream_trainer.world.wrapped_module import improved, requiring_gradients
 
 T = TypeVar("T")
 _NOTHING = nullcontext()
-_SECONDS_FOR_CHILDREN = 30.0
+_SECONDS_FOR_CHILDREN, _SECONDS_AFTER_A_FAILURE = 30.0, 8.0
 #: Strategies that leave parameters and gradients as torch has them, whole or as DTensors.
 _PLAIN = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
 #: Fabric lets these win over its arguments without a word.
@@ -552,8 +552,11 @@ class DreamWorld:
     def _wait_for_children(self) -> None:
         """At the end of a process that started others: nothing of the run outlives it."""
         self.hold_children()
-        self.close()  # who is still in a collective gets an error instead of waiting for us
-        deadline = time.monotonic() + _SECONDS_FOR_CHILDREN
+        # A run that failed has left the group already. Its other ranks may be in a collective that
+        # never ends: connections stay open as long as a model refers to the group.
+        seconds = _SECONDS_FOR_CHILDREN if self._opened_group else _SECONDS_AFTER_A_FAILURE
+        self.close()
+        deadline = time.monotonic() + seconds
         for child in self._children:
             try:
                 child.wait(max(deadline - time.monotonic(), 0))
