@@ -131,6 +131,19 @@ def test_an_instance_trains(tmp_path: Path, name: str, one_device: dict[str, Any
     assert_same(ranks, one_device)
 
 
+def test_accumulation_with_a_static_graph_is_refused(tmp_path: Path) -> None:
+    def rank() -> str:
+        strategy = DDPStrategy(static_graph=True)
+        options: dict[str, Any] = {"devices": 2, "gradient_accumulation_steps": 2}
+        with pytest.raises(ConfigError) as caught:
+            tiny(tmp_path, strategy=strategy, enable=False, **options).fit()
+        return str(caught.value)
+
+    for text in run_ranks(2, rank):
+        assert "static_graph" in text
+        assert text.count("\n") == 1
+
+
 def stock() -> ModelParallelStrategy:
     def parallelize(module: nn.Module, mesh: Any) -> nn.Module:
         for layer in (module[0], module):

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.configs.device import Size
-from dream_trainer.errors import StateError
+from dream_trainer.errors import ConfigError, StateError
 from dream_trainer.storage import Ranks, flatten, read_tree, save_directory
 from dream_trainer.world.blocks import shard_blocks
 from dream_trainer.world.component_state import (
@@ -45,6 +45,15 @@ Parallelize = Callable[[nn.Module, "MeshStrategy"], nn.Module]
 
 
 def _parallelize(module: nn.Module, strategy: MeshStrategy) -> nn.Module:
+    if strategy.tp_size > 1:
+        raise ConfigError(
+            "MeshStrategy",
+            [
+                f"tensor_parallel={strategy.tp_size}, but nothing says how to split "
+                f"{type(module).__name__}"
+            ],
+            "Pass parallelize=, which splits over strategy.device_mesh['tp'] and then shards.",
+        )
     shard_blocks(module, **strategy.fsdp_arguments)
     return module
 
@@ -69,8 +78,10 @@ class MeshStrategy(ModelParallelStrategy):
         dp_replicate: copies of the model.
         dp_shard: ranks one copy is sharded over; ``"auto"`` takes what is left.
         tensor_parallel: ranks one layer is split over; needs a ``parallelize`` of your own.
-        parallelize: applies parallelism to each module given to ``setup``; the default shards
-            each block of the largest ``ModuleList``, then the root.
+        parallelize: applies parallelism to each module given to ``setup``:
+            ``parallelize(module, strategy) -> module``. The default shards each block of the
+            largest ``ModuleList`` objects, then the root (`shard_blocks`), with
+            ``strategy.fsdp_arguments``.
         param_dtype: what parameters and inputs are cast to for computing; by default what
             ``precision`` says, half for ``"bf16-mixed"`` and ``"16-mixed"``.
         reduce_dtype: what gradients are reduced in; by default float32 in mixed precision, the
