@@ -36,15 +36,15 @@ class Layout:
         return {"devices": self.size, "batch_size": samples_per_batch // self.dp_size, **sizes}
 
 
-#: By name, the smaller ones first.
+#: By name, as in the table of docs/scale/layouts.md.
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout
     for layout in (
         Layout("single", 1),
         Layout("ddp", 2, {"dp_replicate": 2}),
         Layout("fsdp", 2, {"dp_shard": 2}),
-        Layout("tp", 2, {"tensor_parallel": 2}),
         Layout("hsdp", 4, {"dp_replicate": 2, "dp_shard": 2}),
+        Layout("tp", 2, {"tensor_parallel": 2}),
         Layout("fsdp-tp", 4, {"dp_shard": 2, "tensor_parallel": 2}),
     )
 }

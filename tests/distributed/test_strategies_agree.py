@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import TinyTrainer, differences, flat, mlp, run_ranks, tiny
+from support import TinyTrainer, flat, mlp, run_ranks, tiny
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchmetrics import SumMetric
@@ -123,85 +123,6 @@ def test_the_global_batch_size_keeps_the_trajectory_when_the_number_of_ranks_cha
     assert [row["step"] for row in one if "train/loss" in row] == [1, 2, 3, 4, 5, 6, 7, 8]
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, rel=1e-10)
-
-
-@pytest.mark.parametrize(("before", "after"), [("single", "fsdp"), ("ddp", "single")])
-def test_a_run_that_is_continued_on_other_ranks_sees_the_same_samples(
-    tmp_path: Path, before: str, after: str
-) -> None:
-    options: dict[str, Any] = {"num_samples": 22, "augment": True}
-    fit(tmp_path, "single", "straight", **options)
-    fit(tmp_path, before, "moved", max_steps=9, **options)
-    fit(tmp_path, after, "moved", **options)
-    steps = [[r for r in log(tmp_path, n) if "train/loss" in r] for n in ("straight", "moved")]
-    for a, b in zip(*steps, strict=True):
-        assert a == pytest.approx(b, rel=1e-10)
-
-
-@pytest.mark.parametrize("num_val_samples", [1, 5, 10])
-def test_validation_gives_the_same_on_one_two_and_three_ranks(
-    tmp_path: Path, num_val_samples: int
-) -> None:
-    def rank(size: int) -> dict[str, float]:
-        torch.set_default_dtype(torch.float64)
-        trainer = tiny(
-            tmp_path,
-            Trainer,
-            devices=size,
-            batch_size=2,
-            num_val_samples=num_val_samples,
-            enable=False,
-        )
-        return trainer.validate()
-
-    by_size = {size: run_ranks(size, rank, size) for size in (1, 2, 3)}
-    (expected,) = by_size[1]
-    assert expected["val/index_sum"] == sum(range(num_val_samples))
-    for ranks in by_size.values():
-        for results in ranks:
-            assert results["val/index_sum"] == expected["val/index_sum"]
-            assert results == pytest.approx(expected, rel=1e-12)
-
-
-def portable(trainer: Any) -> dict[str, Any]:
-    """What does not belong to one rank, nor to a clock."""
-    state = trainer.state_dict()
-    parts = ("models", "optimizers", "schedulers", "callbacks", "trainer")
-    whole = flat({part: state[part] for part in parts})
-    own = ("/trainer/progress/seconds", "/trainer/metrics", "/trainer/layout")
-    return {path: value for path, value in whole.items() if not path.startswith(own)}
-
-
-def test_a_checkpoint_of_any_layout_loads_under_any_other(tmp_path: Path) -> None:
-    def trainer(layout: str) -> Any:
-        size, sizes = LAYOUTS[layout]
-        options: dict[str, Any] = {"batch_size": 4 // size, "devices": size, "max_steps": 3}
-        return tiny(tmp_path, Trainer, enable=False, num_samples=22, **options | sizes)
-
-    def save(layout: str) -> dict[str, Any]:
-        made = trainer(layout)
-        made.fit()
-        made.save_checkpoint(tmp_path / layout)
-        return portable(made)
-
-    def load(layout: str) -> dict[str, dict[str, Any]]:
-        states = {}
-        for source in LAYOUTS:
-            made = trainer(layout)
-            made.load_checkpoint(tmp_path / source)
-            states[source] = portable(made)
-            made.training_parameters.max_steps = 7
-            made.fit()
-            assert made.global_step == 7
-            sharded = [isinstance(p, DTensor) for p in made.named_models()["net"].parameters()]
-            assert all(sharded) if layout == "fsdp" else not any(sharded)
-        return states
-
-    saved = {layout: run_ranks(LAYOUTS[layout][0], save, layout)[0] for layout in LAYOUTS}
-    for layout, (size, _) in LAYOUTS.items():
-        for states in run_ranks(size, load, layout):
-            for source, state in states.items():
-                assert differences(saved[source], state) == [], (source, layout)
 
 
 def test_plain_tensors_load_into_sharded_models_whatever_order_the_ranks_keep(
