@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
-import multiprocessing
 import os
-import signal
-import subprocess
-import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -26,12 +20,6 @@ from lightning.fabric.strategies import (
     ParallelStrategy,
     SingleDeviceStrategy,
     Strategy,
-)
-from lightning.fabric.strategies.launchers.multiprocessing import (
-    _MultiProcessingLauncher as _Functions,
-)
-from lightning.fabric.strategies.launchers.subprocess_script import (
-    _SubprocessScriptLauncher as _Subprocesses,
 )
 from lightning.fabric.wrappers import _FabricModule, _FabricOptimizer
 from torch import Tensor, nn
@@ -51,13 +39,13 @@ from dream_trainer.storage import (
 from dream_trainer.world.component_state import gradients, unsharded_norm
 from dream_trainer.world.dream_fabric import DreamFabric
 from dream_trainer.world.gradient_norm import clip_to_norm
-from dream_trainer.world.gradient_sync import fix_bucket_order, no_gradient_sync
+from dream_trainer.world.gradient_sync import no_gradient_sync
 from dream_trainer.world.materialize import initialize as initialize_modules
-from dream_trainer.world.materialize import layers_on_meta, materialize
 from dream_trainer.world.mesh_strategy import MeshStrategy, Parallelize
+from dream_trainer.world.module_setup import set_up
+from dream_trainer.world.processes import Children, run_on_ranks, spawns, starts_functions
 from dream_trainer.world.restarts import fresh_store
 from dream_trainer.world.strategy import fabric_arguments, refusal
-from dream_trainer.world.wrapped_module import improved, requiring_gradients
 
 T = TypeVar("T")
 _NOTHING = nullcontext()
@@ -100,8 +88,7 @@ class DreamWorld:
         # Under `fabric run` a Fabric joins the group when it is made.
         self._opened_group = not had_group and _has_group()
         self._said_overrides = False
-        self._observed: list[subprocess.Popen[bytes]] = []
-        self._children: list[subprocess.Popen[bytes]] = []
+        self._children: Children | None = None
         self._background_group: Any = None
         parameters = device_parameters or DeviceParameters()
         self._timeout = timedelta(seconds=parameters.timeout_seconds)
@@ -223,10 +210,7 @@ class DreamWorld:
             with fresh_store():
                 self._fabric.launch()
             self._opened_group = not had_group and _has_group()
-            if isinstance(launcher := getattr(self.strategy, "launcher", None), _Subprocesses):
-                self._observed = launcher.procs
-                self._children = list(launcher.procs)
-                atexit.register(self._wait_for_children)
+            self._children = Children(self.strategy, self._seconds_for_children)
         overrides = [f"{name}={os.environ[name]}" for name in _OVERRIDES if name in os.environ]
         if overrides and not self._said_overrides:
             self._said_overrides = True
@@ -234,27 +218,24 @@ class DreamWorld:
             self.print(f"{who} overrides the device settings: {', '.join(overrides)}")
 
     def hold_children(self) -> None:
-        """Keep the processes that `launch` started from Fabric's observer.
-
-        It kills everybody, this process too, without a word about how a child ended.
-        """
-        self._observed.clear()
+        """Keep processes that `launch` started from Fabric's observer, which kills everybody."""
+        if self._children is not None:
+            self._children.hold()
 
     def release_children(self) -> None:
         """Let Fabric's observer look after them again."""
-        self._observed[:] = self._children
+        if self._children is not None:
+            self._children.release()
 
     @property
     def starts_functions(self) -> bool:
         """Whether ranks are forked or spawned to run a function, as notebooks need."""
-        launcher = getattr(self.strategy, "launcher", None)
-        return isinstance(launcher, _Functions) and not self._fabric._launched
+        return starts_functions(self.strategy) and not self._fabric._launched
 
     @property
     def spawns(self) -> bool:
         """Whether these ranks are fresh processes that everything must be sent to."""
-        launcher = getattr(self.strategy, "launcher", None)
-        return self.starts_functions and not getattr(launcher, "is_interactive_compatible", True)
+        return self.starts_functions and spawns(self.strategy)
 
     def start(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Run a function on ranks that are forked or spawned for it, and wait for them.
@@ -268,19 +249,7 @@ class DreamWorld:
         Raises:
             torch.multiprocessing.ProcessRaisedException: with the traceback of a rank that failed.
         """
-        before, port = set(multiprocessing.active_children()), os.environ.get("MASTER_PORT")
-        try:
-            self._fabric.launch(partial(_on_rank, self, function, arguments))
-        except BaseException as error:
-            ranks = set(multiprocessing.active_children()) - before
-            _end_ranks(ranks, is_asked=isinstance(error, KeyboardInterrupt))
-            raise
-        finally:
-            # Fabric counts this process as launched, which has no rank.
-            self._fabric._launched = False
-            os.environ.pop("MASTER_PORT", None)
-            if port is not None:
-                os.environ["MASTER_PORT"] = port
+        run_on_ranks(self._fabric, partial(_on_rank, self, function, arguments))
 
     def close(self) -> None:
         """Leave the process group, if `launch` joined it."""
@@ -311,28 +280,9 @@ class DreamWorld:
         Returns:
             The wrapped module, or a tuple of it and the wrapped optimizers, as Fabric does.
         """
-        strategy = self.strategy
-        layers = layers_on_meta(module)
-        if layers and isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
-            materialize(module, self.device, self.device)
-            if initialize:
-                initialize_modules(strategy, {"": module}, layers)
-        trains = any(parameter.requires_grad for parameter in module.parameters())
-        if isinstance(strategy, DDPStrategy) and not trains and not optimizers:
-            return improved(self._set_up_frozen(module))
-        if not isinstance(strategy, MeshStrategy):
-            wrapped = self._fabric.setup(module, *optimizers)
-        else:
-            default = strategy.parallelize, strategy.initializes_modules
-            strategy.parallelize = parallelize or strategy.parallelize
-            strategy.initializes_modules = initialize
-            try:
-                wrapped = self._fabric.setup(module, *optimizers)
-            finally:
-                strategy.parallelize, strategy.initializes_modules = default
-        own = improved(wrapped[0] if optimizers else wrapped)
-        fix_bucket_order(own)
-        return wrapped
+        return set_up(
+            self._fabric, module, optimizers, self.device, parallelize, initialize=initialize
+        )
 
     def initialize(
         self,
@@ -557,31 +507,12 @@ class DreamWorld:
 
     # ------------------------------------------------------------------ inside
 
-    def _wait_for_children(self) -> None:
-        """At the end of a process that started others: nothing of the run outlives it."""
-        self.hold_children()
+    def _seconds_for_children(self) -> float:
         # A run that failed has left the group already. Its other ranks may be in a collective that
         # never ends: connections stay open as long as a model refers to the group.
         seconds = _SECONDS_FOR_CHILDREN if self._opened_group else _SECONDS_AFTER_A_FAILURE
         self.close()
-        deadline = time.monotonic() + seconds
-        for child in self._children:
-            try:
-                child.wait(max(deadline - time.monotonic(), 0))
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
-
-    def _set_up_frozen(self, module: nn.Module) -> _FabricModule:
-        """DDP refuses a module without gradients; a frozen teacher or a loss has none."""
-        floating = [p for p in module.parameters() if p.is_floating_point()]
-        if not floating:
-            module = self.strategy.precision.convert_module(module)
-            self.strategy.module_to_device(module)
-            return _FabricModule(module, self.strategy, original_module=module)
-        # DDP holds a buffer for what it reduces, so it gets the smallest until more is unfrozen.
-        with requiring_gradients([min(floating, key=Tensor.numel)], [True]):
-            return self._fabric.setup(module)  # type: ignore[no-any-return]
+        return seconds
 
     def _data_parallel(self) -> tuple[int, int]:
         strategy = self.strategy
@@ -633,21 +564,6 @@ def _on_rank(
     world._opened_group = _has_group()
     function(*arguments)
     world.close()
-
-
-def _end_ranks(ranks: Iterable[BaseProcess], *, is_asked: bool) -> None:
-    try:
-        for rank in ranks:
-            # In a terminal Ctrl-C has reached them; a notebook's kernel gets it alone.
-            if is_asked and rank.pid is not None and not os.isatty(0):
-                os.kill(rank.pid, signal.SIGINT)
-        deadline = time.monotonic() + _SECONDS_FOR_CHILDREN * is_asked
-        for rank in ranks:
-            rank.join(max(deadline - time.monotonic(), 0))
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.join()
 
 
 def _has_group() -> bool:
