@@ -16,7 +16,7 @@ from support import free_port, rank_environment
 from dream_trainer.coordination import RankFailedError
 
 _fork = get_context("fork")
-_TIME_LIMIT = 30.0
+_TIME_LIMIT = 40.0
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Ended:
 
 
 def run_to_the_end(root: Path, size: int, function: Any, *arguments: Any) -> Ended:
-    """Fork ranks that write to one stderr; one that is left after 30 s is an error."""
+    """Fork ranks that write to one stderr; one that is left after 40 s is an error."""
     log, port = root / "stderr.txt", free_port()
     environments = [rank_environment(rank, size, port) for rank in range(size)]
     processes = [

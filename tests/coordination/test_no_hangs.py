@@ -14,6 +14,7 @@ from support import TinyTrainer, tiny
 from torch.utils.data import DataLoader
 
 from dream_trainer.callbacks import Callback
+from dream_trainer.configs import DeviceParameters
 
 pytestmark = pytest.mark.distributed
 
@@ -80,7 +81,7 @@ class StrikesInSave(Callback):
             strike(trainer.how)
 
 
-def train(root: Path, phase: str, how: str, failing_rank: int) -> None:
+def train(root: Path, phase: str, how: str, failing_rank: int, **options: Any) -> None:
     kind = type("Kind", (Fails,), {"phase": phase, "how": how, "failing_rank": failing_rank})
     trainer = tiny(
         root,
@@ -88,9 +89,9 @@ def train(root: Path, phase: str, how: str, failing_rank: int) -> None:
         devices=2,
         batch_size=2,
         every_n_steps=1,
-        failure_timeout_seconds=2.0,
         callbacks={"strikes": StrikesInSave()},
         val_every_n_steps=2,
+        **{"failure_timeout_seconds": 2.0} | options,
     )
     trainer.fit()
 
@@ -120,3 +121,16 @@ def test_all_ranks_end_and_the_first_line_tells_why(
     assert what[how] in first
     assert all(ended.statuses), ended
     assert ended.seconds < 15
+
+
+def with_defaults(*arguments: Any) -> None:
+    default = DeviceParameters().failure_timeout_seconds
+    train(*arguments, failure_timeout_seconds=default)
+
+
+@pytest.mark.faults
+def test_by_default_all_ranks_end_within_thirty_seconds(tmp_path: Path) -> None:
+    ended = run_to_the_end(tmp_path, 2, with_defaults, tmp_path, "backward", "freeze", 1)
+    assert all(ended.statuses)
+    assert "it has not answered for 20 s" in ended.lines[0]
+    assert ended.seconds < 30
