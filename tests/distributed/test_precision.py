@@ -102,7 +102,6 @@ def results(layout: str, precision: str) -> dict[str, Any]:
         "stem.bias",
     ]
     assert all(isinstance(p, DTensor) == (layout == "fsdp") for p in net.parameters())
-    world.close()
     return found
 
 

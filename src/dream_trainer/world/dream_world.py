@@ -343,15 +343,7 @@ class DreamWorld:
             models: wrapped modules whose forward and backward run in the block.
             enabled: False does nothing, so gradients are synchronised as usual.
         """
-        if not (enabled and self.is_parallel):
-            return _NOTHING
-        if isinstance(self.strategy, DDPStrategy) and self.strategy._ddp_kwargs.get("static_graph"):
-            raise ConfigError(
-                "gradient accumulation",
-                ["DDP with static_graph=True counts on gradients of every backward pass"],
-                "Leave static_graph off, or take larger batches.",
-            )
-        return no_gradient_sync(models)
+        return no_gradient_sync(models) if enabled and self.is_parallel else _NOTHING
 
     @property
     def is_parallel(self) -> bool:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from dream_trainer.errors import ConfigError
+
 
 @contextmanager
 def no_gradient_sync(modules: Iterable[nn.Module]) -> Iterator[None]:
@@ -17,11 +19,20 @@ def no_gradient_sync(modules: Iterable[nn.Module]) -> Iterator[None]:
 
     Forward and backward must both run inside. Works for every DDP and FSDP2 module found in
     ``modules``; on one device there is nothing to do.
+
+    Raises:
+        ConfigError: DDP has a static graph, and would fail inside of torch.
     """
     with ExitStack() as stack:
         for module in modules:
             for part in module.modules():
                 if isinstance(part, DistributedDataParallel):
+                    if part.static_graph:
+                        raise ConfigError(
+                            "gradient accumulation",
+                            ["DDP with static_graph=True counts on every backward pass"],
+                            "Leave static_graph off, or take larger batches.",
+                        )
                     stack.enter_context(part.no_sync())
                 elif isinstance(part, FSDPModule):
                     part.set_requires_gradient_sync(False, recurse=False)
