@@ -48,7 +48,6 @@ class RankWatch:
     after five seconds, because a collective can wait for ever, with exit status 1.
 
     Args:
-        world: launched, by the time of `join`.
         place: where this rank is.
         agreement: served by the same thread.
         timeout: seconds without a sign of life after which a rank counts as failed.
@@ -57,13 +56,12 @@ class RankWatch:
 
     def __init__(
         self,
-        world: DreamWorld,
         place: Place,
         agreement: StopAgreement,
         timeout: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._world, self._place, self._agreement = world, place, agreement
+        self._place, self._agreement = place, agreement
         self._timeout, self._clock = timeout, clock
         self._thread: threading.Thread | None = None
         self._wake, self._leaving = threading.Event(), threading.Event()
@@ -73,9 +71,12 @@ class RankWatch:
 
     # ------------------------------------------------------------------ main thread
 
-    def join(self) -> None:
-        """Begin to watch. A collective; nothing happens on one process, or when it is begun."""
-        world = self._world
+    def join(self, world: DreamWorld) -> None:
+        """Begin to watch. A collective; nothing happens on one process, or when it is begun.
+
+        Args:
+            world: launched.
+        """
         if self._thread is not None:
             return
         if world.size == 1:

@@ -169,7 +169,7 @@ class BaseTrainer(AbstractTrainer):
         self.place = Place()
         agreement = StopAgreement(lambda: self.watch.require_all())
         timeout = self.config.device_parameters.failure_timeout_seconds
-        self.watch = RankWatch(self.world, self.place, agreement, timeout)
+        self.watch = RankWatch(self.place, agreement, timeout)
         self.interruption = Interruption(
             agreement,
             self.training_parameters.preemption_signals,
@@ -526,7 +526,7 @@ class BaseTrainer(AbstractTrainer):
         callbacks.pre_launch(self)
         self.world.launch()
         if self.is_running:
-            self.watch.join()
+            self.watch.join(self.world)
         self.place.enter("configure")
         # A copy: another trainer with the same configuration gets a seed and a name of its own.
         self.config = config = copy.copy(self.config)

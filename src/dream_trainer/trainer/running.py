@@ -35,7 +35,7 @@ def running(trainer: BaseTrainer) -> Iterator[None]:
         with trainer.interruption, torch.autograd.set_detect_anomaly(parameters.detect_anomaly):
             try:
                 if world.is_launched:
-                    watch.join()
+                    watch.join(world)
                 yield
                 status = "success"
             except (KeyboardInterrupt, Preempted) as interrupt:
@@ -67,8 +67,11 @@ def running(trainer: BaseTrainer) -> Iterator[None]:
         raise
     finally:
         if status == "failed":
-            # First: the others' collectives then fail, and they end without being ended.
-            world.close()
+            world.end_children()
+            # Several ranks keep it: the group's end waits for its threads with Python's lock held,
+            # as soon as a model that used it is gone, and they wait for that lock.
+            if world.is_launched and world.size == 1:
+                world.close()
         _guarded(watch.leave)
         if status == "success":
             world.release_children()

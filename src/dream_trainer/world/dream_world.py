@@ -49,7 +49,6 @@ from dream_trainer.world.strategy import fabric_arguments, refusal
 
 T = TypeVar("T")
 _NOTHING = nullcontext()
-_SECONDS_FOR_CHILDREN, _SECONDS_AFTER_A_FAILURE = 30.0, 8.0
 #: Strategies that leave parameters and gradients as torch has them, whole or as DTensors.
 _PLAIN = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
 #: Fabric lets these win over its arguments without a word.
@@ -210,7 +209,7 @@ class DreamWorld:
             with fresh_store():
                 self._fabric.launch()
             self._opened_group = not had_group and _has_group()
-            self._children = Children(self.strategy, self._seconds_for_children)
+            self._children = Children(self.strategy)
         overrides = [f"{name}={os.environ[name]}" for name in _OVERRIDES if name in os.environ]
         if overrides and not self._said_overrides:
             self._said_overrides = True
@@ -226,6 +225,11 @@ class DreamWorld:
         """Let Fabric's observer look after them again."""
         if self._children is not None:
             self._children.release()
+
+    def end_children(self) -> None:
+        """They have a few seconds at the end of this process, which has failed."""
+        if self._children is not None:
+            self._children.are_to_end = True
 
     @property
     def starts_functions(self) -> bool:
@@ -249,10 +253,18 @@ class DreamWorld:
         Raises:
             torch.multiprocessing.ProcessRaisedException: with the traceback of a rank that failed.
         """
-        run_on_ranks(self._fabric, partial(_on_rank, self, function, arguments))
+        try:
+            run_on_ranks(self._fabric, partial(_on_rank, self, function, arguments))
+        finally:
+            # Fabric counts this process as launched, which has no rank.
+            self._fabric._launched = False
 
     def close(self) -> None:
-        """Leave the process group, if `launch` joined it."""
+        """Leave the process group, if `launch` joined it.
+
+        Let go of models first: torch ends a group with Python's lock held when a DDP module is
+        the last to use it, and can then wait for ever.
+        """
         if self._opened_group and _has_group():
             dist.destroy_process_group()
         self._opened_group, self._background_group = False, None
@@ -499,13 +511,6 @@ class DreamWorld:
 
     # ------------------------------------------------------------------ inside
 
-    def _seconds_for_children(self) -> float:
-        # A run that failed has left the group already. Its other ranks may be in a collective that
-        # never ends: connections stay open as long as a model refers to the group.
-        seconds = _SECONDS_FOR_CHILDREN if self._opened_group else _SECONDS_AFTER_A_FAILURE
-        self.close()
-        return seconds
-
     def _data_parallel(self) -> tuple[int, int]:
         strategy = self.strategy
         if isinstance(strategy, ModelParallelStrategy):
@@ -555,7 +560,6 @@ def _on_rank(
     """What a started rank does. It returns nothing: Fabric's queue for it blocks when full."""
     world._opened_group = _has_group()
     function(*arguments)
-    world.close()
 
 
 def _has_group() -> bool:

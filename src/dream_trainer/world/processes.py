@@ -17,25 +17,29 @@ from lightning.fabric.strategies.launchers.multiprocessing import _MultiProcessi
 from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 _SECONDS_TO_SAVE = 30.0
+_SECONDS_AT_THE_END, _SECONDS_AFTER_A_FAILURE = 30.0, 8.0
 
 
 class Children:
     """Copies of a command that Fabric's launcher has started; none under another launcher.
 
-    At the end of this process it waits for them, so that nothing of the run outlives it.
+    At the end of this process it waits for them, so that nothing of a run outlives it. After a
+    failure they are killed if they take longer than a few seconds.
 
     Args:
         strategy: launched.
-        seconds_to_end: called at the end of the process; how long to wait before they are killed.
+
+    Attributes:
+        are_to_end: whether the run has failed.
     """
 
-    def __init__(self, strategy: Strategy, seconds_to_end: Callable[[], float]) -> None:
+    def __init__(self, strategy: Strategy) -> None:
         launcher = getattr(strategy, "launcher", None)
+        self.are_to_end = False
         self._observed: list[subprocess.Popen[bytes]] = []
         if isinstance(launcher, _SubprocessScriptLauncher):
             self._observed = launcher.procs
         self._processes = list(self._observed)
-        self._seconds_to_end = seconds_to_end
         if self._processes:
             atexit.register(self._wait)
 
@@ -52,13 +56,16 @@ class Children:
 
     def _wait(self) -> None:
         self.hold()
-        deadline = time.monotonic() + self._seconds_to_end()
+        seconds = _SECONDS_AFTER_A_FAILURE if self.are_to_end else _SECONDS_AT_THE_END
+        deadline = time.monotonic() + seconds
         for child in self._processes:
             try:
                 child.wait(max(deadline - time.monotonic(), 0))
             except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
+                # Otherwise it has work of its own, or waits for this process, whose end it notices.
+                if self.are_to_end:
+                    child.kill()
+                    child.wait()
 
 
 def starts_functions(strategy: Strategy) -> bool:
@@ -86,8 +93,6 @@ def run_on_ranks(fabric: Fabric, function: Callable[[Fabric], None]) -> None:
         _end(ranks, is_asked=isinstance(error, KeyboardInterrupt))
         raise
     finally:
-        # Fabric counts this process as launched, which has no rank.
-        fabric._launched = False
         os.environ.pop("MASTER_PORT", None)
         if port is not None:
             os.environ["MASTER_PORT"] = port
