@@ -288,7 +288,12 @@ class FitLoop:
             return means | metrics
 
     def predict(self, loader: ResumableLoader) -> list[Any]:
-        """What ``predict_step`` returns for each batch of this rank, in order."""
+        """What ``predict_step`` returns for each batch of this rank, in order.
+
+        Raises:
+            Interrupted: after a batch, if Ctrl-C asked for it.
+            Preempted: after a batch, if a scheduler's signal asked for it.
+        """
         trainer, results = self.trainer, []
         loader.rewind()
         with self._evaluating("predict"), closing(iter(loader)) as batches:
@@ -296,6 +301,7 @@ class FitLoop:
                 result = trainer.predict_step(trainer.world.to_device(batch), batch_idx)
                 if loader.num_samples != 0:
                     results.append(result)
+                self.check()
         return results
 
     @contextmanager

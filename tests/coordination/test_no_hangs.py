@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +136,37 @@ def test_by_default_all_ranks_end_within_thirty_seconds(tmp_path: Path) -> None:
     assert all(ended.statuses)
     assert "it has not answered for 20 s" in ended.lines[0]
     assert ended.seconds < 30
+
+
+class AtTheEnd(Callback):
+    """Freezes a rank in ``close``, after the last collective, or lets it take its time there."""
+
+    def __init__(self, rank: int, seconds: float | None) -> None:
+        self.rank, self.seconds = rank, seconds
+
+    def close(self, trainer: Any) -> None:
+        if trainer.world.rank != self.rank:
+            time.sleep(0 if self.seconds else 0.7)  # a look at the store is under way
+        elif self.seconds:
+            time.sleep(self.seconds)
+        else:
+            strike("freeze")
+
+
+def train_to_the_end(root: Path, failing_rank: int, seconds: float | None) -> None:
+    callbacks = {"end": AtTheEnd(failing_rank, seconds)}
+    tiny(root, n_epochs=1, callbacks=callbacks, failure_timeout_seconds=2.0).fit()
+
+
+@pytest.mark.parametrize("failing_rank", [0, pytest.param(1, marks=pytest.mark.faults)])
+def test_a_rank_that_freezes_at_the_very_end_is_named(tmp_path: Path, failing_rank: int) -> None:
+    ended = run_to_the_end(tmp_path, 2, train_to_the_end, tmp_path, failing_rank, None)
+    line = next(line for line in ended.lines if "failed first" in line)
+    assert line.startswith(f"rank {failing_rank} failed first, in end, step "), ended
+    assert all(ended.statuses), ended
+
+
+def test_a_rank_that_takes_its_time_at_the_end_is_waited_for(tmp_path: Path) -> None:
+    ended = run_to_the_end(tmp_path, 2, train_to_the_end, tmp_path, 1, 3.0)
+    assert ended.statuses == [0, 0], ended
+    assert not [line for line in ended.lines if "failed" in line]

@@ -159,6 +159,24 @@ def test_a_step_that_outlasts_the_grace_is_given_up(tmp_path: Path, size: int) -
     assert [one.manifest.step for one in checkpoints(tmp_path).list()] == [3]
 
 
+def unheard(root: Path) -> None:
+    class Alone(TinyTrainer):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if self.global_step == 1 and not self.is_resumed:
+                reader, writer = os.pipe()
+                os.close(reader)
+                os.dup2(writer, 2)  # what ``2>&1 | tee`` leaves when the signal reaches it, too
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().training_step(batch, batch_idx)
+
+    tiny(root, Alone).fit()
+
+
+def test_a_signal_counts_though_nobody_reads_what_is_printed(tmp_path: Path) -> None:
+    assert run_to_the_end(tmp_path, 1, unheard, tmp_path).statuses == [143]
+    assert [one.manifest.step for one in checkpoints(tmp_path).list()] == [2]
+
+
 def stopped(root: Path, ranks: tuple[int, ...], hook: str) -> Any:
     class Stops(Callback):
         pass
@@ -221,6 +239,29 @@ def test_a_program_may_go_on_after_a_preemption(tmp_path: Path) -> None:
         trained(tmp_path, "step", signal.SIGUSR1)
     assert (caught.value.code, caught.value.signal_name) == (143, "SIGUSR1")
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+
+
+def preempted_and_continued(root: Path) -> int:
+    with pytest.raises(Preempted):
+        trained(root, "step")
+    trainer = tiny(root, **OPTIONS)
+    trainer.fit()
+    return trainer.global_step
+
+
+def test_a_program_of_two_ranks_may_go_on_after_a_preemption(tmp_path: Path) -> None:
+    assert run_ranks(2, preempted_and_continued, tmp_path) == [6, 6]
+
+
+def test_a_signal_ends_a_prediction(tmp_path: Path) -> None:
+    class Predicts(TinyTrainer):
+        def predict_step(self, batch: Any, batch_idx: int) -> None:
+            assert batch_idx == 0
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = tiny(tmp_path, Predicts)
+    with pytest.raises(Preempted):
+        trainer.predict(trainer.configure_dataloaders()[1])
 
 
 def test_signals_that_cannot_be_caught_are_refused() -> None:

@@ -126,7 +126,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(root)  # pytest would keep it for some runs
 
 
-@pytest.mark.parametrize("layout", ["fsdp", "hsdp"])
+@pytest.mark.parametrize("layout", ["fsdp", pytest.param("hsdp", marks=pytest.mark.faults)])
 def test_saving_and_loading_take_one_more_shard_at_most(root: Path, layout: str) -> None:
     shard = FULL / LAYOUTS[layout].sizes["dp_shard"]
     for rank, peaks in enumerate(run_ranks(LAYOUTS[layout].size, measure, root, layout)):

@@ -97,7 +97,7 @@ def test_a_worker_killed_in_each_step(
 # ---------------------------------------------------------------------- two machines
 
 
-@pytest.mark.parametrize("local", [1, 2])
+@pytest.mark.parametrize("local", [1, pytest.param(2, marks=pytest.mark.faults)])
 def test_two_machines(local: int, tmp_path: Path, straight: Any) -> None:
     endpoint = f"127.0.0.1:{free_port()}"
     words = f"--nnodes 2 --nproc-per-node {local} --rdzv-backend c10d --rdzv-endpoint {endpoint}"

@@ -85,9 +85,9 @@ class DeviceParameters:
             )
         if not self.timeout_seconds > 0:
             problems.append(f"timeout_seconds={self.timeout_seconds} is not above 0")
-        if not self.failure_timeout_seconds >= 1:
+        if not self.failure_timeout_seconds >= 2:
             problems.append(
-                f"failure_timeout_seconds={self.failure_timeout_seconds} is not 1 or more"
+                f"failure_timeout_seconds={self.failure_timeout_seconds} is not 2 or more"
             )
         if self.strategy is not None and (self.dp_shard != 1 or self.tensor_parallel != 1):
             problems.append(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterable
 
 from dream_trainer.coordination.agreement import StopAgreement, StopRequest
+from dream_trainer.coordination.messages import end_process, tell
 from dream_trainer.coordination.signals import SignalWatch
 
 PREEMPTED = 143
@@ -100,7 +99,7 @@ class Interruption:
         if number != signal.SIGINT and self._is_pointless():
             return  # a launcher that has lost one rank sends it to the others
         what = "once more stops at once" if number == signal.SIGINT else self._told_grace
-        print(f"\n{number.name}: stopping after this batch; {what}", file=sys.stderr, flush=True)
+        tell(f"\n{number.name}: stopping after this batch; {what}")
         is_ctrl_c = number == signal.SIGINT
         self._agreement.ask(StopRequest("interrupt" if is_ctrl_c else "preempt", number.name))
 
@@ -115,11 +114,8 @@ class Interruption:
     def _end(self, status: int) -> None:
         """No place to stop was reached in time. What was committed last is what counts."""
         if status == PREEMPTED:
-            print(
+            tell(
                 f"not at a place to stop within grace_seconds={self._grace:g}: the last "
-                "checkpoint is what the run goes on from",
-                file=sys.stderr,
-                flush=True,
+                "checkpoint is what the run goes on from"
             )
-        sys.stdout.flush()
-        os._exit(status)
+        end_process(status)

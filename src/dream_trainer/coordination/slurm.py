@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
+
+from dream_trainer.coordination.messages import tell
 
 _INTERACTIVE_JOBS = ("bash", "interactive")
 
@@ -23,7 +24,7 @@ def requeue_slurm_job() -> None:
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
-        told = getattr(error, "stderr", None) or error
-        print(f"{' '.join(command)} failed: {str(told).strip()}", file=sys.stderr, flush=True)
+        reason = getattr(error, "stderr", None) or error
+        tell(f"{' '.join(command)} failed: {str(reason).strip()}")
     else:
-        print(f"SLURM job {job} is back in the queue", file=sys.stderr, flush=True)
+        tell(f"SLURM job {job} is back in the queue")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import torch.distributed as dist
 
 from dream_trainer.coordination.agreement import StopAgreement
 from dream_trainer.coordination.failure import RankFailedError, RankFailure, is_left_alone
+from dream_trainer.coordination.messages import end_process, tell
 from dream_trainer.coordination.place import Place, SharedPlace, forget
 from dream_trainer.world import DreamWorld
 
@@ -113,25 +113,28 @@ class RankWatch:
         self._agreement.disconnect()
         if self._thread is None:
             return
+        others = range(1, self._size) if self._rank == 0 else ()
+        if others:
+            # Rank 0 carries the store: gone too early, it would look like a failure. The others'
+            # ends may take their time; the thread still watches.
+            left = [f"{_LEFT}/{rank}" for rank in others]
+            with suppress(dist.DistError):
+                while self.failure is None and not self._store.check(left):
+                    self._is_failure_known.wait(_SECONDS_WHILE_PENDING)
         self._leaving.set()
         self._wake.set()
         self._guard.join()
-        self._thread.join(0 if self._is_store_silent else None)
+        while self._thread.is_alive() and not self._is_store_silent:
+            self._thread.join(_SECONDS_WHILE_PENDING)
+        if self._thread.is_alive():
+            self._note(self._frozen(0))  # the thread may wait for the store for ever
+        else:
+            with suppress(dist.DistError):
+                self._store.set(f"{_LEFT}/{self._rank}", "1")
+                if self.failure is not None:
+                    keys = [f"{_SEEN}/{rank}" for rank in others if rank != self.failure.rank]
+                    self._store.wait(keys, timedelta(seconds=_SECONDS_TO_END))
         self._thread = None
-        with suppress(dist.DistError):
-            if self._is_store_silent:
-                raise dist.DistNetworkError  # would wait for ever
-            self._store.set(f"{_LEFT}/{self._rank}", "1")
-            if self._rank == 0:
-                # It carries the store: gone too early, it would look like a failure.
-                failed = None if self.failure is None else self.failure.rank
-                waited_for, seconds = _LEFT, self._timeout
-                if failed is not None:
-                    waited_for, seconds = _SEEN, _SECONDS_TO_END
-                others = [rank for rank in range(1, self._size) if rank != failed]
-                if others:
-                    keys = [f"{waited_for}/{rank}" for rank in others]
-                    self._store.wait(keys, timedelta(seconds=seconds))
         for place in self._places.values():
             place.close()
         self._place.keep()
@@ -288,7 +291,7 @@ class RankWatch:
             self.failure = failure
             if is_news:
                 # The first line that anybody prints: what the others say is a consequence.
-                print(failure, file=sys.stderr, flush=True)
+                tell(failure)
         self._is_failure_known.set()
         peer = self._neighbours.get(failure.rank)
         if failure.is_frozen and peer is not None and _start_of(peer.pid) == peer.started:
@@ -302,8 +305,7 @@ class RankWatch:
         is_mine = self.failure.rank == self._rank
         deadline = self._clock() + (self._timeout if is_mine else _SECONDS_TO_END)
         if not self._leaving.wait(deadline - self._clock()):
-            sys.stdout.flush()
-            os._exit(1)
+            end_process(1)
 
 
 def _open_store(world: DreamWorld, timeout: float) -> dist.Store:

@@ -30,7 +30,7 @@ def running(trainer: BaseTrainer) -> Iterator[None]:
     parameters, world, watch = trainer.training_parameters, trainer.world, trainer.watch
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(parameters.deterministic or was_deterministic)
-    status, trainer.is_running = "failed", True
+    status, is_together, trainer.is_running = "failed", False, True
     try:
         with trainer.interruption, torch.autograd.set_detect_anomaly(parameters.detect_anomaly):
             try:
@@ -44,6 +44,7 @@ def running(trainer: BaseTrainer) -> Iterator[None]:
                 if not is_between:
                     watch.fail(interrupt)  # this rank leaves the others in mid-step
                 _guarded(trainer.callbacks.on_interrupt, trainer)
+                is_together = is_between
                 raise
             except BaseException as error:
                 first = watch.fail(error)
@@ -66,7 +67,7 @@ def running(trainer: BaseTrainer) -> Iterator[None]:
             requeue_slurm_job()
         raise
     finally:
-        if status == "failed":
+        if status == "failed" and not is_together:
             world.end_children()
             # Several ranks keep it: the group's end waits for its threads with Python's lock held,
             # as soon as a model that used it is gone, and they wait for that lock.
@@ -75,6 +76,7 @@ def running(trainer: BaseTrainer) -> Iterator[None]:
         _guarded(watch.leave)
         if status == "success":
             world.release_children()
+            watch.require_all()  # one failed at the end, or froze
 
 
 def _guarded(call: Callable[..., Any], *args: Any) -> None:
