@@ -228,3 +228,33 @@ def test_a_precision_that_a_mesh_cannot_do_is_refused_in_two_lines() -> None:
     assert str(caught.value).count("\n") <= 1
     assert "transformer-engine" in str(caught.value)
     assert "bf16-mixed" in str(caught.value)
+
+
+class ManyTypes(nn.Module):
+    """A buffer in float32 meets a layer in half, as one device allows it."""
+
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
+        self.register_buffer("scale", torch.full((4,), 1.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.layer(x * self.scale)).square().sum()
+
+
+def test_what_trains_on_one_device_in_mixed_precision_trains_sharded() -> None:
+    def rank(layout: str) -> float:
+        size, sizes = LAYOUTS[layout]
+        devices = DeviceParameters(accelerator="cpu", devices=size, precision="bf16-mixed", **sizes)
+        world = DreamWorld(devices)
+        world.launch()
+        torch.manual_seed(1)
+        model = world.setup(ManyTypes())
+        loss = model(torch.linspace(-1, 1, 8).reshape(2, 4))
+        world.backward(loss)
+        return float(loss.detach())
+
+    single, ddp, fsdp = (run_ranks(LAYOUTS[name][0], rank, name)[0] for name in LAYOUTS)
+    assert single == ddp == pytest.approx(fsdp, rel=2**-7)

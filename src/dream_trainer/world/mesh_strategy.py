@@ -69,7 +69,8 @@ class MeshStrategy(ModelParallelStrategy):
     """Shard models with FSDP2, replicate shards (HSDP), split layers (tensor parallel).
 
     The mesh has the dimensions ``dp_replicate``, ``dp_shard`` and ``tp``, those above 1 only.
-    Mixed precision is FSDP2's policy (parameters in half, reductions in float32), not autocast.
+    Mixed precision is FSDP2's policy (parameters in half, reductions in float32), with autocast for
+    what meets in several types.
     Runs on CUDA and, over gloo, on CPU ranks. Use it through ``DeviceParameters``, or alone:
 
         fabric = Fabric(devices=2, strategy=MeshStrategy(dp_shard=2))
@@ -119,7 +120,7 @@ class MeshStrategy(ModelParallelStrategy):
 
     @property
     def precision(self) -> Precision:
-        """The precision plugin. Mixed precision is FSDP2's own, so no autocast on top of it."""
+        """The precision plugin; mixed precision is one that knows FSDP2's policy."""
         return super().precision
 
     @precision.setter

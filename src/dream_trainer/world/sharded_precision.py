@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,7 +27,10 @@ class ShardedPrecision(Precision):
 
 
 class ShardedMixedPrecision(ShardedPrecision, MixedPrecision):
-    """``"bf16-mixed"`` and ``"16-mixed"`` without autocast; losses are scaled for all ranks alike.
+    """``"bf16-mixed"`` and ``"16-mixed"``: autocast around FSDP2's policy, losses scaled alike.
+
+    Without autocast a buffer in float32, or an operation that one device runs in float32, would
+    meet parameters in half and fail, where one device does not.
 
     Args:
         mixed: Fabric's plugin; its scaler's settings are taken over.
@@ -37,10 +39,6 @@ class ShardedMixedPrecision(ShardedPrecision, MixedPrecision):
     def __init__(self, mixed: MixedPrecision) -> None:
         scaler = mixed.scaler and MeshGradScaler.like(mixed.scaler, mixed.device)
         super().__init__(mixed.precision, mixed.device, scaler)  # type: ignore[arg-type]
-
-    def forward_context(self) -> AbstractContextManager[None]:
-        """No autocast on top of FSDP2's policy."""
-        return nullcontext()
 
     def convert_input(self, data: Any) -> Any:
         """Inputs as they are: FSDP2's hooks cast them."""
