@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from support import TinyTrainer, differences, exact_state, run_ranks, tiny
 
 from dream_trainer.callbacks import Callback
 from dream_trainer.checkpointing import CheckpointStore
-from dream_trainer.coordination import Interrupted, Preempted
+from dream_trainer.coordination import Interrupted, Preempted, signals
 
 # A run seeds the global streams.
 pytestmark = pytest.mark.may_leave("rng")
@@ -134,3 +136,39 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_batch(tmp_path: Path) -> 
     assert len(store.list()) == 1
     resumed = run_ranks(2, rank, "cut", None)
     assert [differences(*pair) for pair in zip(straight, resumed, strict=True)] == [[], []]
+
+
+class SignalsEarly(Callback):
+    """Gets a signal before anything is launched."""
+
+    def pre_launch(self, trainer: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        trainer.interruption._signals.settle()  # heard of, as after a moment
+
+
+def test_a_signal_before_the_launch_ends_the_run(tmp_path: Path) -> None:
+    trainer = tiny(tmp_path, callbacks={"early": SignalsEarly()}, **OPTIONS)
+    with pytest.raises(Preempted):
+        trainer.fit()
+    assert trainer.progress.num_batches == 0
+
+
+@pytest.mark.parametrize(("launched", "expired"), [(True, []), (False, [130])])
+def test_one_ctrl_c_that_comes_twice_leaves_time_to_save(
+    launched: bool, expired: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signals, "_SECONDS_TO_UNWIND", 0.05)
+    if launched:  # from the terminal, and from the launcher
+        monkeypatch.setenv("LOCAL_RANK", "0")
+    statuses: list[int] = []
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        signals.SignalWatch([], lambda number: None, statuses.append) as watch,
+    ):
+        os.kill(os.getpid(), signal.SIGINT)
+        watch.settle()
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            time.sleep(0.2)
+    assert statuses == expired

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from torch.distributed import HashStore
@@ -90,3 +91,39 @@ def test_alone_a_request_is_due_at_the_next_tick() -> None:
     agreement.connect()
     assert agreement.tick() == STOP
     assert agreement.tick() is None
+
+
+class SlowStore:
+    """Answers the first request only when the round that it belongs to is over."""
+
+    def __init__(self, store: HashStore, meanwhile: Callable[[], None]) -> None:
+        self.store, self.meanwhile = store, meanwhile
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+        answer: bytes = self.store.compare_set(key, expected, desired)
+        meanwhile, self.meanwhile = self.meanwhile, lambda: None
+        meanwhile()
+        return answer
+
+
+def test_a_request_that_comes_too_late_for_its_round_is_heard_in_the_next() -> None:
+    store = HashStore()
+    other, asking = (StopAgreement(lambda: pytest.fail("it waits for ever")) for _ in range(2))
+
+    def end_the_round() -> None:
+        for _ in range(3):
+            other.look()
+            asking.look()
+        assert asking.tick() == other.tick() == STOP
+
+    other.connect(store, 0, 2)
+    asking.connect(SlowStore(store, end_the_round), 1, 2)  # type: ignore[arg-type]
+    other.ask(STOP)
+    asking.ask(StopRequest("preempt", "SIGTERM"))
+    for _ in range(3):
+        other.look()
+        asking.look()
+    assert asking.tick() == other.tick() == StopRequest("preempt", "SIGTERM")

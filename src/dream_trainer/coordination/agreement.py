@@ -41,7 +41,7 @@ class StopAgreement:
         self._require_all = require_all
         self.on_request: Callable[[StopRequest], None] = lambda request: None
         self._lock = threading.Lock()
-        self._is_connected = False
+        self.is_connected = False
         self._store: Store | None = None
         self._rank, self._size = 0, 1
         self._early: StopRequest | None = None
@@ -56,17 +56,19 @@ class StopAgreement:
             rank: of this process.
             size: number of ranks.
         """
-        self._store, self._rank, self._size = store, rank, size
-        self._round = self._num_ticks = 0
-        self._begin_round()
-        self._is_connected = True
-        if self._early is not None:
+        with self._lock:
+            self._store, self._rank, self._size = store, rank, size
+            self._round = self._num_ticks = 0
+            self._begin_round()
+            # In one go: a request from another thread comes before all this, or after it.
+            self.is_connected = True
             early, self._early = self._early, None
+        if early is not None:
             self.ask(early)
 
     def disconnect(self) -> None:
         """Requests wait for the next `connect`."""
-        self._is_connected, self._store, self._early = False, None, None
+        self.is_connected, self._store, self._early = False, None, None
 
     def _begin_round(self) -> None:
         self.is_pending = False
@@ -97,13 +99,16 @@ class StopAgreement:
 
     def ask(self, request: StopRequest) -> None:
         """Ask all ranks to stop; the first request wins. From any thread of any rank."""
-        if not self._is_connected:
-            self._early = self._early or request
-            return
-        if self._store is not None:
-            text = json.dumps(asdict(request))
-            request = _decoded(self._store.compare_set(self._key("request"), "", text))
-        self._note(request)
+        with self._lock:
+            if not self.is_connected:
+                self._early = self._early or request
+                return
+            store, number, key = self._store, self._round, self._key("request")
+        first = request
+        if store is not None:
+            first = _decoded(store.compare_set(key, "", json.dumps(asdict(request))))
+        if not self._note(first, number):
+            self.ask(request)  # of a round that has ended since, so nobody looks for it there
 
     def look(self) -> None:
         """What the thread does every now and then: hear of requests, answer, decide."""
@@ -111,7 +116,7 @@ class StopAgreement:
         if store is None:
             return
         if not self.is_pending and store.check([self._key("request")]):
-            self._note(_decoded(store.get(self._key("request"))))
+            self._note(_decoded(store.get(self._key("request"))), self._round)
         if not self.is_pending or self._settled.is_set():
             return
         last = self._key("last")
@@ -123,10 +128,13 @@ class StopAgreement:
             self._last_tick = int(store.get(last))
             self._settled.set()
 
-    def _note(self, request: StopRequest) -> None:
+    def _note(self, request: StopRequest, number_of_round: int) -> bool:
+        """Take a request as that of its round; False if the round is over."""
         with self._lock:
+            if number_of_round != self._round:
+                return False
             if self._request is not None:
-                return
+                return True
             self._request = request
             # Before the number is read: a tick that is counted after that sees it, and waits.
             self.is_pending = True
@@ -137,6 +145,7 @@ class StopAgreement:
             else:
                 self._store.set(self._key(f"ticks/{self._rank}"), str(number))
         self.on_request(request)
+        return True
 
     def _key(self, name: str) -> str:
         return f"stop/{self._round}/{name}"

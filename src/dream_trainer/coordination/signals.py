@@ -57,7 +57,8 @@ class SignalWatch:
         self._previous: dict[signal.Signals, Any] = {}
         self._thread: threading.Thread | None = None
         self._deadline: tuple[float, int] | None = None
-        self._first_ctrl_c: float | None = None
+        # Each thread hears of a signal at its own time.
+        self._first_ctrl_c: dict[int, float] = {}
         self._caught: set[int] = set()
         self._heard_of: set[int] = set()
 
@@ -65,7 +66,8 @@ class SignalWatch:
         global _active
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
-        self._deadline = self._first_ctrl_c = None
+        self._deadline = None
+        self._first_ctrl_c.clear()
         self._caught, self._heard_of = set(), set()
         self._thread = threading.Thread(target=self._run, name="signals", daemon=True)
         self._thread.start()
@@ -118,12 +120,12 @@ class SignalWatch:
                 time.sleep(0.001)
 
     def _is_second_ctrl_c(self) -> bool:
-        now = self._clock()
-        if self._first_ctrl_c is None:
-            self._first_ctrl_c = now
+        now, thread = self._clock(), threading.get_ident()
+        if thread not in self._first_ctrl_c:
+            self._first_ctrl_c[thread] = now
             return False
         is_launched = "LOCAL_RANK" in os.environ
-        return now - self._first_ctrl_c >= (_SECONDS_OF_ONE_CTRL_C if is_launched else 0)
+        return now - self._first_ctrl_c[thread] >= (_SECONDS_OF_ONE_CTRL_C if is_launched else 0)
 
     def _run(self) -> None:
         while True:
@@ -137,9 +139,10 @@ class SignalWatch:
                     return
                 if number not in self._previous:
                     continue
+                is_second = number == signal.SIGINT and self._is_second_ctrl_c()
                 if number not in self._heard_of:
                     self._heard(signal.Signals(number))
-                elif number == signal.SIGINT:
+                elif is_second:
                     # The main thread may be in a call that does not come back.
                     self.end_in(_SECONDS_TO_UNWIND, 128 + signal.SIGINT)
                 self._heard_of.add(number)

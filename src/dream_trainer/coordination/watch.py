@@ -80,7 +80,8 @@ class RankWatch:
         if self._thread is not None:
             return
         if world.size == 1:
-            self._agreement.connect()
+            if not self._agreement.is_connected:
+                self._agreement.connect()
             return
         self._rank, self._size = world.rank, world.size
         self._store = _open_store(world, self._timeout)
