@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 
@@ -39,7 +40,7 @@ def test_all_problems_are_reported_at_once() -> None:
     assert str(caught.value).startswith("device_parameters:\n  - ")
 
 
-@pytest.mark.parametrize("size", [0, -1, 1.5, "all", None])
+@pytest.mark.parametrize("size", [0, -1, 1.5, "all", None, True])
 @pytest.mark.parametrize("name", ["dp_replicate", "dp_shard", "tensor_parallel"])
 def test_a_size_is_auto_or_a_whole_number_above_0(name: str, size: object) -> None:
     with pytest.raises(ConfigError, match=f"{name}={size!r} is neither 'auto' nor a whole number"):
@@ -55,6 +56,37 @@ def test_offloading_an_unsharded_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="set dp_shard above 1"):
         DeviceParameters(cpu_offload=True)
     assert DeviceParameters.FSDP(cpu_offload=True).cpu_offload
+    with pytest.raises(ConfigError, match="strategy='ddp' would be told: leave"):
+        DeviceParameters(strategy="ddp", cpu_offload=True)
+
+
+def test_values_of_a_wrong_type_are_problems_like_all_others() -> None:
+    wrong: dict[str, Any] = {
+        "devices": [],
+        "num_nodes": "2",
+        "timeout_seconds": "600",
+        "failure_timeout_seconds": None,
+    }
+    with pytest.raises(ConfigError) as caught:
+        DeviceParameters(**wrong)
+    problems = sorted(caught.value.problems)
+    assert [problem.split(" ")[0] for problem in problems] == [
+        "devices=[]",
+        "failure_timeout_seconds=None",
+        "num_nodes='2'",
+        "timeout_seconds='600'",
+    ]
+
+
+@pytest.mark.parametrize("devices", [[], [0, 0], [-2], [True], ["0"], "", ",", "0", "1,1", 0, True])
+def test_what_names_no_devices(devices: Any) -> None:
+    with pytest.raises(ConfigError, match="neither a number above 0, nor a list"):
+        DeviceParameters(devices=devices)
+
+
+@pytest.mark.parametrize("devices", [[0], [0, 2], "auto", "-1", "3", "0,", "1, 2", 1, -1])
+def test_what_names_devices(devices: Any) -> None:
+    assert DeviceParameters(devices=devices).devices == devices
 
 
 @pytest.mark.parametrize(

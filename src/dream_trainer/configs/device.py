@@ -69,32 +69,38 @@ class DeviceParameters:
         problems = [
             f"{name}={value!r} is neither 'auto' nor a whole number above 0"
             for name, value in self._sizes().items()
-            if value != "auto" and not (isinstance(value, int) and value >= 1)
+            if value != "auto" and not _is_count(value)
         ]
         autos = [name for name, value in self._sizes().items() if value == "auto"]
         if len(autos) > 1:
             problems.append(f"{' and '.join(autos)} are both 'auto'; at most one size can be")
         if self.precision not in PRECISIONS:
             problems.append(f"precision={self.precision!r} is none of {', '.join(PRECISIONS)}")
-        if self.num_nodes < 1:
-            problems.append(f"num_nodes={self.num_nodes} is below 1")
+        if not _is_count(self.num_nodes):
+            problems.append(f"num_nodes={self.num_nodes!r} is not a whole number above 0")
         if not _names_devices(self.devices):
             problems.append(
-                f"devices={self.devices!r} is neither a number above 0, nor a list of numbers, "
-                "nor 'auto'"
+                f"devices={self.devices!r} is neither a number above 0, nor a list of different "
+                "numbers, nor 'auto'"
             )
-        if not self.timeout_seconds > 0:
-            problems.append(f"timeout_seconds={self.timeout_seconds} is not above 0")
-        if not self.failure_timeout_seconds >= 2:
+        if not (_is_number(self.timeout_seconds) and self.timeout_seconds > 0):
+            problems.append(f"timeout_seconds={self.timeout_seconds!r} is not a number above 0")
+        if not (_is_number(self.failure_timeout_seconds) and self.failure_timeout_seconds >= 2):
             problems.append(
-                f"failure_timeout_seconds={self.failure_timeout_seconds} is not 2 or more"
+                f"failure_timeout_seconds={self.failure_timeout_seconds!r} is not a number of 2 "
+                "or more"
             )
         if self.strategy is not None and (self.dp_shard != 1 or self.tensor_parallel != 1):
             problems.append(
                 f"strategy={self.strategy!r} goes with dp_shard=1 and tensor_parallel=1: "
                 "the sizes belong to MeshStrategy, which is chosen when strategy is None"
             )
-        if self.cpu_offload and self.dp_shard == 1 and self.strategy is None:
+        if self.cpu_offload and self.strategy is not None:
+            problems.append(
+                f"cpu_offload=True is nothing that strategy={self.strategy!r} would be told: leave "
+                "strategy out and set dp_shard above 1, or ask the strategy itself to offload"
+            )
+        elif self.cpu_offload and self.dp_shard == 1:
             problems.append("cpu_offload=True needs a sharded model: set dp_shard above 1")
         if problems:
             raise ConfigError("device_parameters", problems)
@@ -160,10 +166,25 @@ class DeviceParameters:
         return {name: getattr(self, name) for name in _SIZES}
 
 
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _names_devices(devices: object) -> bool:
     if isinstance(devices, str):
-        parts = devices.split(",")
-        return devices in ("auto", "-1") or all(p.strip().isdigit() for p in parts if p.strip())
-    if isinstance(devices, int):
-        return devices >= 1 or devices == -1
-    return isinstance(devices, list) and all(isinstance(index, int) for index in devices)
+        text = devices.strip()
+        if text in ("auto", "-1") or text.isdigit():
+            return text != "0"
+        return _are_indices([int(p) if p.strip().isdigit() else p for p in text.split(",") if p])
+    if isinstance(devices, list):
+        return _are_indices(devices)
+    return devices == -1 or _is_count(devices)
+
+
+def _are_indices(devices: list[Any]) -> bool:
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in devices)
+    return whole and 0 < len(devices) == len(set(devices))
