@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Iterator
 
 from dream_trainer.errors import CheckpointError, ConfigError, StateError
@@ -18,6 +19,7 @@ _RANK_VARIABLES = (
     "NODE_RANK",
     "LOCAL_RANK",
 )
+_SECONDS_FOR_RANK_0 = 10.0
 
 
 @contextlib.contextmanager
@@ -33,6 +35,9 @@ def exit_statuses(prog: str) -> Iterator[None]:
         # The launcher's children, and torchrun's ranks, meet the same configuration.
         if launched_rank() == 0:
             print(f"{prog}: error: {error}", file=sys.stderr)
+        elif "TORCHELASTIC_RUN_ID" in os.environ:
+            # torchrun ends all ranks with the first that ends: rank 0 would not get to speak.
+            time.sleep(_SECONDS_FOR_RANK_0)
         raise SystemExit(2) from None
     except (CheckpointError, StateError) as error:
         where = f" (rank {rank})" if (rank := launched_rank()) else ""
