@@ -323,6 +323,11 @@ def test_no_command_and_an_unknown_one_print_the_usage(capsys: pytest.CaptureFix
         ("--net.hidden 1.5", "--net.hidden: expected int or null, got '1.5'"),
         ("--training_parameters.n_epochs 1.0", "expected int or null, got '1.0'"),
         ("--checkpoint_parameters.mode mix", "mode: expected 'min' or 'max', got 'mix'"),
+        ("--device_parameters.dp_shard true", "dp_shard: expected int or 'auto', got 'true'"),
+        (
+            "--training_parameters.preemption_signals SIGUSR2",
+            "preemption_signals: expected list, got 'SIGUSR2'; write [SIGUSR2]",
+        ),
         ("--lr", "--lr: expected one argument"),
         ("--config", "--config: the name of a file is missing"),
         ("--config gone.yaml", "gone.yaml: there is no such file"),
@@ -396,6 +401,21 @@ def test_other_ranks_say_nothing(
     for args in (["fit", "--nope", "3"], ["fit", "--training_parameters.n_epochs", "0"], []):
         assert refused(capsys, *args) == ""
     assert printed(capsys) == ""
+
+
+def test_other_ranks_of_torchrun_leave_the_first_one_time_to_speak(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun kills all with the first that ends."""
+    waited: list[float] = []
+    monkeypatch.setattr("dream_trainer.cli.messages.time.sleep", waited.append)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("RANK", "0")
+    assert "there is no --nope" in refused(capsys, "fit", "--nope", "3")
+    assert waited == []
+    monkeypatch.setenv("RANK", "1")
+    assert refused(capsys, "fit", "--nope", "3") == ""
+    assert waited == [10.0]
 
 
 # ---------------------------------------------------------------------- running

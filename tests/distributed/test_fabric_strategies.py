@@ -110,8 +110,13 @@ def test_a_name_that_does_not_exist_is_answered_with_those_that_do() -> None:
     with pytest.raises(ConfigError) as caught:
         DreamWorld(DeviceParameters(accelerator="cpu", strategy="fsdp3"))
     first, second = str(caught.value).splitlines()
-    assert "fsdp3" in first
+    assert first == "device_parameters: Fabric has no strategy='fsdp3'; did you mean 'fsdp'?"
     assert "ddp_find_unused_parameters_true" in second
+
+
+def test_numbered_cpu_ranks_are_answered_with_their_number() -> None:
+    with pytest.raises(ConfigError, match=r"CPU ranks are not numbered: devices=2\.$"):
+        DreamWorld(DeviceParameters(accelerator="cpu", devices=[0, 1]))
 
 
 INSTANCES: dict[str, Any] = {

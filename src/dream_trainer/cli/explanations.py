@@ -76,9 +76,12 @@ def _key_and_problem(message: str) -> tuple[str, str]:
     if found is None:
         return "", _one_line(message)
     key, detail = found["key"], found["detail"]
-    given = re.search(r"(?:Given value|Got value): (.*)", detail, re.DOTALL)
-    detail = re.split(r"\s*Given value type:|\.?\s*Got value:", detail)[0]
+    given = re.search(r"Given value: (.*)", detail, re.DOTALL)
+    given = given or re.search(r"Got value: (.*)", detail, re.DOTALL)
+    detail = re.split(r"\s*Given value type:", detail)[0]
     detail = detail.partition("Errors:")[2] or detail
+    # Of several types each may repeat the value, on the line of its own.
+    detail = re.sub(r"\.?[ ]*Got value:.*?(?=\n\s*- |\Z)", "", detail, flags=re.DOTALL)
     causes = [_one_line(part) for part in re.split(r"^\s*- ", detail, flags=re.MULTILINE)]
     causes = [cause for cause in causes if cause]
     # A class that cannot be made says more than the type it should have had.
@@ -87,6 +90,8 @@ def _key_and_problem(message: str) -> tuple[str, str]:
         return key, "; ".join(reasons)
     wanted = [_type_name(cause.removeprefix("Expected a ")) for cause in causes]
     got = f", got {_one_line(given[1])!r}" if given else ""
+    if given and wanted == ["list"]:
+        got += f"; write [{_one_line(given[1])}]"
     return key, f"expected {' or '.join(dict.fromkeys(wanted))}{got}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import warnings
 from datetime import timedelta
@@ -59,8 +60,20 @@ def refusal(parameters: DeviceParameters, error: Exception) -> ConfigError:
         family = next((f for f in _FAMILIES if name.startswith(f)), None)
         reason, instead = _FAMILIES.get(family or "", ("", ""))
         return ConfigError("device_parameters", [f"strategy={name!r}: {reason or why}"], instead)
-    instead = f"Names: {', '.join(['auto', *STRATEGY_REGISTRY])}." if name else ""
-    return ConfigError("device_parameters", [why], instead)
+    if name is not None and "invalid strategy name" in why:
+        names = ["auto", *STRATEGY_REGISTRY]
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        why = f"Fabric has no strategy={name!r}{hint}"
+        instead = f"Leave it out: the sizes choose one. Or take one of: {', '.join(names)}."
+        return ConfigError("device_parameters", [why], instead)
+    return ConfigError("device_parameters", [why], _instead(parameters, why))
+
+
+def _instead(parameters: DeviceParameters, why: str) -> str:
+    if "CPUAccelerator" in why and isinstance(parameters.devices, list):
+        return f"CPU ranks are not numbered: devices={len(parameters.devices)}."
+    return "Change accelerator, devices, precision or strategy."
 
 
 _SHARDED = "dp_shard=2 or more shards by FSDP2 and runs on the CPU, too."
