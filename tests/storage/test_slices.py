@@ -67,3 +67,11 @@ def test_what_is_laid_out_otherwise_is_left_to_torch(tensor: torch.Tensor) -> No
     target = torch.full_like(tensor, -1.0)
     assert not read_slice(saved(tensor), [0] * tensor.ndim, target)
     assert bool((target == -1).all())
+
+
+def test_a_torch_that_cannot_skip_data_reads_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise RuntimeError("`torch.load` called within a torch.serialization.skip_data ...")
+
+    monkeypatch.setattr(torch, "load", load)
+    assert not read_slice(io.BytesIO(), [0], torch.empty(1))

@@ -60,10 +60,14 @@ def read_slice(file: Any, offsets: Sequence[int], target: Tensor) -> bool:
         target: what to fill; its shape is that of the part.
 
     Returns:
-        False, and nothing is done, if the bytes are not laid out row by row.
+        False, and nothing is done, if the bytes are not laid out row by row, or if torch is too
+        old (2.6) to say so without reading them.
     """
-    with skip_data():  # shape and type, in memory that nobody touches
-        saved: Tensor = torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        with skip_data():  # shape and type, in memory that nobody touches
+            saved: Tensor = torch.load(file, map_location="cpu", weights_only=True)
+    except RuntimeError:
+        return False  # reading the whole says what is wrong, if that is not torch's age
     start = _start_of_data(file, saved)
     if start is None or saved.ndim == 0:
         return False

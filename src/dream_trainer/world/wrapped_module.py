@@ -31,6 +31,10 @@ _USED_UNGATHERED = (
 )
 
 
+#: torch 2.6 sends parameters from rank 0 whenever DDP is made.
+_CAN_SKIP_SYNC = "init_sync" in inspect.signature(DistributedDataParallel.__init__).parameters
+
+
 class WrappedModule(_FabricModule):
     """A module in the precision of the run: one device, or a strategy with a wrapper of its own."""
 
@@ -193,7 +197,9 @@ class ReplicatedModule(WrappedModule):
         ]
         takes_turns = self._num_changes > 0 or any(waits)
         reduced = [t or (r and takes_turns) for t, r in zip(trained, self._reduced, strict=True)]
-        own = {"init_sync": False} | ({"find_unused_parameters": True} if takes_turns else {})
+        own = {"find_unused_parameters": True} if takes_turns else {}
+        if _CAN_SKIP_SYNC:  # their parameters are the same already
+            own["init_sync"] = False
         hooks, is_synchronising = ddp._comm_hooks, ddp.require_backward_grad_sync
         del ddp.reducer, ddp.logger  # and with them the hooks that they put on the parameters
         strategy._ddp_kwargs = options | own
