@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from dream_trainer.errors import ConfigError
-from dream_trainer.world import MeshStrategy
+from dream_trainer.world import DreamWorld, MeshStrategy
 
 pytestmark = [pytest.mark.distributed, pytest.mark.may_leave("rng")]
 
@@ -191,3 +191,29 @@ def test_a_plain_script_is_told_what_no_layer_initialises() -> None:
 
     for text in run_ranks(2, rank):
         assert "init_weights: scale has memory, but nothing was ever written into it" in text
+
+
+class Masked(nn.Module):
+    """Has buffers of every kind, made in the constructor, where meta tensors have no values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.register_buffer("mask", torch.ones(3, 3, dtype=torch.bool).tril())
+        self.register_buffer("rotations", torch.polar(torch.ones(3), torch.arange(3.0)))
+        self.register_buffer("bytes", torch.ones(3, dtype=torch.uint8))
+        self.register_buffer("small", torch.ones(3, dtype=torch.int8))
+
+
+def test_buffers_of_any_type_that_nobody_writes_are_named() -> None:
+    world = DreamWorld(fabric=Fabric(accelerator="cpu", devices=1))
+    with torch.device("meta"):
+        net = Masked()
+    with pytest.raises(ConfigError) as caught:
+        world.setup(net)
+    assert [line.split()[0] for line in caught.value.problems] == [
+        "bytes",
+        "mask",
+        "rotations",
+        "small",
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -32,7 +33,8 @@ def materialize(module: nn.Module, device: torch.device, parameter_device: torch
     """Give what is on the meta device memory; of a sharded parameter the own shard only.
 
     Parameters and buffers that are shared stay shared. Until something is written into them they
-    hold NaN (whole numbers: the smallest there is), so that `initialize` finds them.
+    hold NaN (whole numbers: the smallest there is; bools: no bool at all), so that `initialize`
+    finds them.
 
     Args:
         module: sharded or split already, if it is to be.
@@ -259,20 +261,24 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _unwritten(tensor: Tensor) -> Tensor:
-    local = own_shard(tensor) if isinstance(tensor, DTensor) else tensor
-    if local.dtype.is_floating_point:
-        local.fill_(float("nan"))
-    elif local.dtype in (torch.int16, torch.int32, torch.int64):
-        local.fill_(torch.iinfo(local.dtype).min)
+    local, value = _marked(tensor)
+    local.fill_(value)
     return tensor
 
 
 def _is_unwritten(tensor: Tensor) -> bool:
-    local = own_shard(tensor) if isinstance(tensor, DTensor) else tensor
+    local, value = _marked(tensor)
     if not local.numel():
         return False
-    if local.dtype.is_floating_point:
-        return bool(local.isnan().all())
-    if local.dtype in (torch.int16, torch.int32, torch.int64):
-        return bool((local == torch.iinfo(local.dtype).min).all())
-    return False
+    return bool((local.isnan() if math.isnan(value) else local == value).all())
+
+
+def _marked(tensor: Tensor) -> tuple[Tensor, float | int]:
+    """The memory that this rank holds, and what is in it until something is written there."""
+    local = own_shard(tensor) if isinstance(tensor, DTensor) else tensor.detach()
+    if local.dtype.is_floating_point or local.dtype.is_complex:
+        return local, math.nan
+    if local.dtype == torch.bool:
+        return local.view(torch.uint8), 255  # which no operation on bools gives
+    info = torch.iinfo(local.dtype)
+    return local, info.min or info.max
