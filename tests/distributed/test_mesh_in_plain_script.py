@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support import run_ranks
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from dream_trainer.errors import ConfigError
 from dream_trainer.world import DreamFabric, DreamWorld, MeshStrategy
 from dream_trainer.world.blocks import shard_blocks
+from dream_trainer.world.gradient_norm import total_norm
 
 pytestmark = [pytest.mark.distributed, pytest.mark.may_leave("rng")]
 
@@ -83,3 +87,38 @@ def test_what_the_environment_overrides_is_said_at_launch(
     world.launch()
     said = "the environment overrides the device settings: LT_DEVICES=1, LT_PRECISION=64-true"
     assert capsys.readouterr().out.count(said) == 1
+
+
+def recomputed_and_sharded(module: nn.Module, strategy: MeshStrategy) -> nn.Module:
+    assert isinstance(module, nn.Sequential)
+    module[0] = checkpoint_wrapper(module[0])
+    shard_blocks(module, **strategy.fsdp_arguments)
+    return module
+
+
+def step_of_an_optimizer_made_before() -> list[bool]:
+    strategy = MeshStrategy(parallelize=recomputed_and_sharded)
+    fabric = DreamFabric(accelerator="cpu", devices=1, strategy=strategy)
+    fabric.launch()
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    model, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    before = [p.detach().clone() for p in model.parameters()]
+    fabric.backward(model(torch.ones(2, 4)).sum())
+    optimizer.step()
+    return [bool((p != q).any()) for p, q in zip(model.parameters(), before, strict=True)]
+
+
+def test_an_optimizer_made_before_follows_parameters_whose_names_change() -> None:
+    assert run_ranks(1, step_of_an_optimizer_made_before) == [[True] * 4]
+
+
+def norm_of_half_gradients() -> list[float]:
+    fabric = DreamFabric(accelerator="cpu", devices=2, strategy=MeshStrategy())
+    fabric.launch()
+    mesh = fabric.strategy.device_mesh
+    gradient = distribute_tensor(torch.full((4,), 300.0).half(), mesh, [Shard(0)])
+    return [float(total_norm([gradient])), float(total_norm([gradient], float("inf")))]
+
+
+def test_the_norm_of_half_gradients_does_not_overflow() -> None:
+    assert run_ranks(2, norm_of_half_gradients) == [[pytest.approx(600.0, rel=1e-3), 300.0]] * 2

@@ -107,4 +107,8 @@ def _not_empty(shards: list[Tensor]) -> list[Tensor]:
 
 
 def _power(norm: Tensor, norm_type: float) -> Tensor:
-    return norm if math.isinf(norm_type) else norm**norm_type
+    if math.isinf(norm_type):
+        return norm
+    # The square of 256 is too large for float16.
+    norm = norm.float() if norm.dtype in (torch.float16, torch.bfloat16) else norm
+    return norm**norm_type

@@ -23,6 +23,7 @@ from dream_trainer.errors import ConfigError, StateError
 from dream_trainer.storage import Ranks, flatten, read_tree, save_directory
 from dream_trainer.world.blocks import shard_blocks
 from dream_trainer.world.component_state import (
+    clean_name,
     gradients,
     load_module_state,
     load_optimizer_state,
@@ -234,9 +235,10 @@ class MeshStrategy(ModelParallelStrategy):
 
         Otherwise they would keep stepping the unsharded ones, which nothing uses any more.
         """
-        old = {id(parameter): name for name, parameter in module.named_parameters()}
+        # Recomputed and compiled parts get other names.
+        old = {id(p): clean_name(name) for name, p in module.named_parameters()}
         module = self.setup_module(module)
-        new = dict(module.named_parameters())
+        new = {clean_name(name): p for name, p in module.named_parameters()}
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["params"] = [new[old[id(p)]] if id(p) in old else p for p in group["params"]]
