@@ -304,11 +304,18 @@ def test_more_ranks_than_samples() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "RANK": "1", "LT_ACCELERATOR": "cuda"},
+        {"SLURM_NTASKS": "8", "SLURM_JOB_NAME": "train", "SLURM_NTASKS_PER_NODE": "8"},
+    ],
+    ids=["torchrun", "a batch job of SLURM"],
+)
 def test_what_a_launcher_left_in_the_environment_counts_for_nothing(
-    monkeypatch: pytest.MonkeyPatch,
+    left: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = str(planned(TinyTrainer, 8, dp_shard=2))
-    left = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "RANK": "1", "LT_ACCELERATOR": "cuda"}
     for name, value in left.items():
         monkeypatch.setenv(name, value)
     assert str(planned(TinyTrainer, 8, dp_shard=2)) == plan

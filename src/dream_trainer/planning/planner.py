@@ -28,8 +28,10 @@ from dream_trainer.trainer.base import BaseTrainer, BaseTrainerConfig
 from dream_trainer.trainer.loaders import adopt_loader
 from dream_trainer.world.planned_world import PlannedWorld, known_layout, uneven_splits
 
-#: What torchrun sets and Fabric, or a trainer, reads.
+#: What launchers set and Fabric, or a trainer, reads: those of torchrun, and the one by which each
+#: scheduler is known.
 _LAUNCHED = {"RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
+_LAUNCHED |= {"SLURM_NTASKS", "LSB_DJOB_RANKFILE"}
 
 Config = TypeVar("Config", bound=BaseTrainerConfig)
 
