@@ -7,7 +7,7 @@ import subprocess
 
 from dream_trainer.coordination.messages import tell
 
-_INTERACTIVE_JOBS = ("bash", "interactive")
+from dream_trainer.world.launchers import is_interactive_job
 
 
 def requeue_slurm_job() -> None:
@@ -16,7 +16,7 @@ def requeue_slurm_job() -> None:
     A failure is told and does not hide how the run ended.
     """
     job = os.environ.get("SLURM_JOB_ID")
-    if job is None or os.environ.get("SLURM_JOB_NAME") in _INTERACTIVE_JOBS:
+    if job is None or is_interactive_job():
         return
     if (array := os.environ.get("SLURM_ARRAY_JOB_ID")) is not None:
         job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"

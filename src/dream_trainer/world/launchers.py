@@ -213,7 +213,7 @@ def job_id(ranks: Ranks) -> str | None:
         return f"ray {train.get_context().get_experiment_name()}"
     for name in ("SLURM_ARRAY_JOB_ID", "SLURM_JOB_ID", "LSB_JOBID", "PBS_JOBID"):
         # What people start by hand in one allocation are different runs.
-        if _are_set(name) and not _is_interactive_job():
+        if _are_set(name) and not is_interactive_job():
             task = os.environ.get("SLURM_ARRAY_TASK_ID") or os.environ.get("LSB_JOBINDEX")
             return " ".join([name, os.environ[name], task or "", *sys.argv])
     rendezvous = os.environ.get("TORCHELASTIC_RUN_ID")
@@ -237,7 +237,8 @@ def _id_of_agents(ranks: Ranks) -> str | None:
     return job
 
 
-def _is_interactive_job() -> bool:
+def is_interactive_job() -> bool:
+    """Whether people type into the job that this process is in."""
     return (
         os.environ.get("SLURM_JOB_NAME") in _INTERACTIVE_JOBS
         or os.environ.get("LSB_INTERACTIVE") == "Y"
@@ -256,4 +257,11 @@ def _number(name: str, default: int | None = None) -> int:
     return int(value)
 
 
-__all__ = ["IS_INTERACTIVE", "Launched", "RayEnvironment", "find_launcher", "job_id"]
+__all__ = [
+    "IS_INTERACTIVE",
+    "Launched",
+    "RayEnvironment",
+    "find_launcher",
+    "is_interactive_job",
+    "job_id",
+]
