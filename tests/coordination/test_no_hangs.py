@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from dream_trainer.callbacks import Callback
 from dream_trainer.configs import DeviceParameters
+from dream_trainer.coordination import watch
 
 pytestmark = pytest.mark.distributed
 
@@ -170,3 +171,37 @@ def test_a_rank_that_takes_its_time_at_the_end_is_waited_for(tmp_path: Path) -> 
     ended = run_to_the_end(tmp_path, 2, train_to_the_end, tmp_path, 1, 3.0)
     assert ended.statuses == [0, 0], ended
     assert not [line for line in ended.lines if "failed" in line]
+
+
+class FailsInTheEnd(Callback):
+    """Is preempted, and then raises on one rank alone; the other one is in a save by then."""
+
+    def pre_train_step(self, trainer: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.world.rank == 0 and batch_idx == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_interrupt(self, trainer: Any) -> None:
+        if trainer.world.rank == 1:
+            strike("raise")
+
+
+def be_preempted(root: Path) -> None:
+    tiny(root, devices=2, batch_size=2, callbacks={"fails": FailsInTheEnd()}).fit()
+
+
+def test_a_rank_that_raises_on_its_way_out_is_named(tmp_path: Path) -> None:
+    ended = run_to_the_end(tmp_path, 2, be_preempted, tmp_path)
+    failures = [line for line in ended.lines if "failed first" in line]
+    assert failures[0].startswith("rank 1 failed first, in "), ended
+    assert "ValueError: boom" in failures[0]
+    assert all(ended.statuses), ended
+
+
+def test_processes_that_end_while_they_are_looked_at_are_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def read_text(path: Path) -> str:
+        raise ProcessLookupError(3, "No such process")
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert watch._start_of(os.getpid()) == ""

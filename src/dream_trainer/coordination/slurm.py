@@ -6,7 +6,6 @@ import os
 import subprocess
 
 from dream_trainer.coordination.messages import tell
-
 from dream_trainer.world.launchers import is_interactive_job
 
 

@@ -189,7 +189,7 @@ class RankWatch:
             try:
                 self._look()
                 self._answered_at = self._clock()
-            except dist.DistError as error:
+            except RuntimeError as error:  # of torch 2.6's store not always a DistError
                 if not self._leaving.is_set():
                     what = f"the store that it carries is gone ({str(error).splitlines()[0]})"
                     self._note(RankFailure(0, what, self._place_of(0)))
@@ -330,7 +330,9 @@ def _open_store(world: DreamWorld, timeout: float) -> dist.Store:
 def _machine() -> str:
     """The same for two processes that can see each other's process numbers."""
     with suppress(OSError):
-        return f"{socket.gethostname()} {os.stat('/proc/self/ns/pid').st_ino}"  # noqa: PTH116
+        # Many machines have one name ("localhost"), and the first namespace one number on all.
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"  # noqa: PTH116
     return socket.gethostname()
 
 
@@ -339,7 +341,7 @@ def _start_of(pid: int) -> str:
     try:
         # The name in parentheses may hold anything.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # gone before, or while it was read
         if Path("/proc/self").exists():
             return ""
         try:

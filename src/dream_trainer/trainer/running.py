@@ -43,8 +43,10 @@ def running(trainer: BaseTrainer) -> Iterator[None]:
                 trainer.is_interrupted_between_batches = is_between
                 if not is_between:
                     watch.fail(interrupt)  # this rank leaves the others in mid-step
-                _guarded(trainer.callbacks.on_interrupt, trainer)
-                is_together = is_between
+                failed = _guarded(trainer.callbacks.on_interrupt, trainer)
+                if failed is not None:
+                    watch.fail(failed)  # it leaves the others in a save that needs this rank
+                is_together = is_between and failed is None
                 raise
             except BaseException as error:
                 first = watch.fail(error)
@@ -75,13 +77,14 @@ def running(trainer: BaseTrainer) -> Iterator[None]:
                 world.close()
         _guarded(watch.leave)
         if status == "success":
-            world.release_children()
             watch.require_all()  # one failed at the end, or froze
 
 
-def _guarded(call: Callable[..., Any], *args: Any) -> None:
-    """A second failure on the way out must not hide the first."""
+def _guarded(call: Callable[..., Any], *args: Any) -> Exception | None:
+    """A second failure on the way out must not hide the first; it is given back."""
     try:
         call(*args)
     except Exception as error:  # noqa: BLE001 - the first failure matters more
         warnings.warn(f"while closing: {type(error).__name__}: {error}", stacklevel=2)
+        return error
+    return None

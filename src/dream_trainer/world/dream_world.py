@@ -221,11 +221,6 @@ class DreamWorld:
         if self._children is not None:
             self._children.hold()
 
-    def release_children(self) -> None:
-        """Let Fabric's observer look after them again."""
-        if self._children is not None:
-            self._children.release()
-
     def end_children(self) -> None:
         """They have a few seconds at the end of this process, which has failed."""
         if self._children is not None:

@@ -50,10 +50,6 @@ class Children:
         """
         self._observed.clear()
 
-    def release(self) -> None:
-        """Let Fabric's observer look after them again."""
-        self._observed[:] = self._processes
-
     def _wait(self) -> None:
         self.hold()
         seconds = _SECONDS_AFTER_A_FAILURE if self.are_to_end else _SECONDS_AT_THE_END
