@@ -177,6 +177,12 @@ def test_a_signal_counts_though_nobody_reads_what_is_printed(tmp_path: Path) -> 
     assert [one.manifest.step for one in checkpoints(tmp_path).list()] == [2]
 
 
+def test_ctrl_c_ends_a_script_with_130(tmp_path: Path) -> None:
+    ended = run_to_the_end(tmp_path, 2, fit, tmp_path, "step", signal.SIGINT, {})
+    assert ended.statuses == [130, 130], ended
+    assert checkpoints(tmp_path).list()
+
+
 def stopped(root: Path, ranks: tuple[int, ...], hook: str) -> Any:
     class Stops(Callback):
         pass

@@ -14,8 +14,15 @@ PREEMPTED = 143
 """Exit status of a run that a scheduler ended: 128 + SIGTERM, whatever the signal was."""
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C ended the run between two batches: its state is whole and may be saved."""
+class Interrupted(SystemExit, KeyboardInterrupt):
+    """Ctrl-C ended the run between two batches: its state is whole and may be saved.
+
+    A program that does not catch it ends with status 130; of a mere subclass of
+    ``KeyboardInterrupt`` Python would print the traceback and end with 1.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(128 + signal.SIGINT)
 
 
 class Preempted(SystemExit):
