@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -205,3 +206,13 @@ def test_processes_that_end_while_they_are_looked_at_are_gone(
 
     monkeypatch.setattr(Path, "read_text", read_text)
     assert watch._start_of(os.getpid()) == ""
+
+
+def test_no_room_for_temporary_files_is_no_reason_not_to_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "mkstemp", full)
+    assert run_to_the_end(tmp_path, 2, train, tmp_path, "", "", 1).statuses == [0, 0]

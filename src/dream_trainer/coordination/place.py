@@ -51,11 +51,18 @@ class Place:
         _LAYOUT.pack_into(self._memory, 0, self._memory[0], step, epoch, batch)
 
     def share(self) -> Path:
-        """Move to a file; `forget` it once all who want to see it have opened it."""
+        """Move to a file; `forget` it once all who want to see it have opened it.
+
+        Raises:
+            OSError: there is no room for one; the place stays in memory.
+        """
         descriptor, name = tempfile.mkstemp(prefix="dream-trainer-place-")
         try:
             os.write(descriptor, self._memory[:])
             self._memory = mmap.mmap(descriptor, _LAYOUT.size)
+        except OSError:
+            forget(Path(name))
+            raise
         finally:
             os.close(descriptor)
         return Path(name)

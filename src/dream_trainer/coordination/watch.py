@@ -19,6 +19,7 @@ from dream_trainer.coordination.agreement import StopAgreement
 from dream_trainer.coordination.failure import RankFailedError, RankFailure, is_left_alone
 from dream_trainer.coordination.messages import end_process, tell
 from dream_trainer.coordination.place import Place, SharedPlace, forget
+from dream_trainer.errors import ProblemsError
 from dream_trainer.world import DreamWorld
 
 _SECONDS_BETWEEN_LOOKS = 0.5
@@ -85,7 +86,9 @@ class RankWatch:
             return
         self._rank, self._size = world.rank, world.size
         self._store = _open_store(world, self._timeout)
-        path = self._place.share()
+        path = Path()  # a full disk for temporary files is no reason not to train
+        with suppress(OSError):
+            path = self._place.share()
         mine = _Peer(_machine(), os.getpid(), _start_of(os.getpid()), str(path))
         peers = world.all_gather_object(mine)
         self._neighbours = {
@@ -93,7 +96,10 @@ class RankWatch:
             for rank, peer in enumerate(peers)
             if peer.machine == mine.machine and rank != self._rank
         }
-        self._places = {rank: SharedPlace(one.place) for rank, one in self._neighbours.items()}
+        self._places = {}
+        for rank, peer in self._neighbours.items():
+            with suppress(OSError, ValueError):
+                self._places[rank] = SharedPlace(peer.place)
         world.barrier()  # all of them are open
         world.hold_children()
         forget(path)
@@ -159,7 +165,8 @@ class RankWatch:
             self._is_failure_known.wait(self._timeout + 2 * _SECONDS_BETWEEN_LOOKS)
             if self.failure is not None:
                 return self.failure
-        self._tell(mine)
+        # It says itself what is wrong with a configuration, in its own two lines.
+        self._tell(mine, is_news=not isinstance(error, ProblemsError))
         return None
 
     def look_now(self) -> bool:
@@ -277,13 +284,13 @@ class RankWatch:
         beat, _ = self._beats.get(rank, (b"", 0.0))
         return beat.decode().partition(" ")[2] or "an unknown place"
 
-    def _tell(self, failure: RankFailure) -> None:
+    def _tell(self, failure: RankFailure, *, is_news: bool = True) -> None:
         """Let it be the first one, unless there is one already."""
         is_mine, first = failure.rank == self._rank, failure
         with suppress(dist.DistError):
             first = RankFailure.from_json(self._store.compare_set(_FAILURE, "", failure.to_json()))
         # Who raises an error of its own, later than another rank, has no need of the line.
-        self._note(first, is_news=not is_mine or first.rank == self._rank)
+        self._note(first, is_news=is_news and (not is_mine or first.rank == self._rank))
 
     def _note(self, failure: RankFailure, *, is_news: bool = True) -> None:
         with self._lock:

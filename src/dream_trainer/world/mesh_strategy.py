@@ -220,8 +220,9 @@ class MeshStrategy(ModelParallelStrategy):
         if not isinstance(module, nn.Module):
             raise TypeError(f"parallelize returned a {type(module).__name__}, not a module")
         if not layers:
-            is_placed = any(isinstance(part, FSDPModule) for part in module.modules())
-            return module if is_placed else module.to(self.root_device)
+            is_sharded = any(isinstance(part, FSDPModule) for part in module.modules())
+            # What parallelize left whole is still where it was made; offloaded shards stay there.
+            return module if is_sharded and self.cpu_offload else module.to(self.root_device)
         cpu = torch.device("cpu")
         materialize(module, self.root_device, cpu if self.cpu_offload else self.root_device)
         if self.initializes_modules:

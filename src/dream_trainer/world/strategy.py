@@ -142,6 +142,7 @@ def _launched_locally(parameters: DeviceParameters, launched: Launched) -> int:
 
 def _own_strategy(parameters: DeviceParameters, size: int, *, is_launched: bool) -> Any:
     """What the sizes choose, for so many ranks."""
+    parameters.resolve(size)  # sizes that cannot work are refused before anything starts
     timeout = timedelta(seconds=parameters.timeout_seconds)
     forks = IS_INTERACTIVE and not is_launched and size > 1
     if parameters.layout == "mesh":
@@ -158,7 +159,6 @@ def _own_strategy(parameters: DeviceParameters, size: int, *, is_launched: bool)
             cpu_offload=parameters.cpu_offload,
             timeout=timeout,
         )
-    parameters.resolve(size)  # sizes that cannot work are refused before anything starts
     if size == 1:
         return "auto"
     return DDPStrategy(timeout=timeout, start_method="fork" if forks else "popen")
