@@ -273,3 +273,5 @@ def test_a_signal_ends_a_prediction(tmp_path: Path) -> None:
 def test_signals_that_cannot_be_caught_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"'SIGKILL'[\s\S]*'SIGWHAT'"):
         TrainingParameters(preemption_signals=["SIGKILL", "SIGWHAT"])
+    with pytest.raises(ConfigError, match="not a list of names"):
+        TrainingParameters(preemption_signals="SIGTERM")  # type: ignore[arg-type]
