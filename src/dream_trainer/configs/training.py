@@ -81,15 +81,13 @@ class TrainingParameters:
             problems.append(f"max_time={self.max_time} is not above 0 seconds")
         if self.gradient_clip_val is not None and not self.gradient_clip_val > 0:
             problems.append(f"gradient_clip_val={self.gradient_clip_val} is not above 0")
-        if isinstance(self.preemption_signals, str):
-            problems.append(
-                f"preemption_signals={self.preemption_signals!r} is not a list of names"
-            )
+        names = self.preemption_signals
+        if isinstance(names, str):
+            problems.append(f"preemption_signals={names!r} is not a list of names")
+            names = []
         problems += [
             f"preemption_signals: {name!r} is no signal that can be caught"
-            for name in (
-                [] if isinstance(self.preemption_signals, str) else self.preemption_signals
-            )
+            for name in names
             if name in ("SIGINT", "SIGKILL", "SIGSTOP") or not hasattr(signal.Signals, str(name))
         ]
         if self.grace_seconds is not None and not self.grace_seconds > 0:
