@@ -23,7 +23,8 @@ def test_a_rank_that_is_lost_under_fabrics_launcher_is_named_and_ends_all(tmp_pa
     assert "RankFailedError" in output
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.faults)])
+@pytest.mark.faults
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_under_fabrics_launcher_saves_and_ends_with_143(
     tmp_path: Path,
     reference: dict[str, Any],
