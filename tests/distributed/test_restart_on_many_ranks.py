@@ -59,7 +59,7 @@ def test_no_gradient_is_left_before_the_first_step_and_sparse_ones_are_fine(
 
 
 def test_stock_ddp_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dream_trainer.world.dream_world.fix_bucket_order", lambda module: None)
+    monkeypatch.setattr("dream_trainer.world.module_setup.fix_bucket_order", lambda module: None)
     straight = run_ranks(3, train, tmp_path, "straight", 4)
     run_ranks(3, train, tmp_path, "cut", 2)
     resumed = run_ranks(3, train, tmp_path, "cut", 4)
