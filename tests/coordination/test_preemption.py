@@ -138,10 +138,12 @@ def test_a_run_that_is_preempted_goes_on_to_the_same_end(
     assert log(tmp_path) == rows
 
 
-def stuck(root: Path, rank_that_hangs: int) -> None:
+def stuck(root: Path, rank_that_hangs: int, stops_before: bool) -> None:
     class Stuck(TinyTrainer):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             if self.global_step == 4:
+                if stops_before:
+                    self.stop("enough")
                 os.kill(os.getpid(), signal.SIGTERM)
                 if self.world.rank == rank_that_hangs:
                     threading.Event().wait()
@@ -150,13 +152,61 @@ def stuck(root: Path, rank_that_hangs: int) -> None:
     tiny(root, Stuck, grace_seconds=1.0, every_n_steps=3, batch_size=2).fit()
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_a_step_that_outlasts_the_grace_is_given_up(tmp_path: Path, size: int) -> None:
-    ended = run_to_the_end(tmp_path, size, stuck, tmp_path, size - 1)
+@pytest.mark.parametrize(
+    ("size", "stops_before"), [(1, False), (2, False), (2, True)], ids=["1", "2", "2-stopping"]
+)
+def test_a_step_that_outlasts_the_grace_is_given_up(
+    tmp_path: Path, size: int, stops_before: bool
+) -> None:
+    ended = run_to_the_end(tmp_path, size, stuck, tmp_path, size - 1, stops_before)
     # The other rank waits in a collective: in C++, where no signal handler of Python runs.
     assert ended.statuses == [143] * size, ended
     assert any("grace_seconds=1" in line for line in ended.lines)
     assert [one.manifest.step for one in checkpoints(tmp_path).list()] == [3]
+
+
+class AfterTheOther(Callback):
+    """Rank 1 gets a signal in its last batch, when rank 0 has nothing left but to leave."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def close(self, trainer: Any) -> None:
+        self.mark.touch()
+
+    def post_train_step(self, trainer: Any, *_: Any) -> None:
+        if trainer.world.rank == 1 and trainer.progress.last_batch_finished:
+            while not self.mark.exists():
+                os.sched_yield()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def ends_one_by_one(root: Path) -> None:
+    # Without metrics and checkpoints nothing but the gradients binds the ranks together.
+    callbacks = {"after": AfterTheOther(root / "closed"), "metrics": None, "checkpoint": None}
+    options: dict[str, Any] = {"n_epochs": 1, "num_samples": 8, "batch_size": 2}
+    tiny(root, callbacks=callbacks, val_every_n_epochs=None, enable=False, **options).fit()
+
+
+def test_a_signal_that_comes_too_late_for_a_stop_does_no_harm(tmp_path: Path) -> None:
+    ended = run_to_the_end(tmp_path, 2, ends_one_by_one, tmp_path)
+    assert ended.statuses == [0, 0], ended
+
+
+def signalled_together(root: Path) -> None:
+    class Together(TinyTrainer):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if self.global_step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().training_step(batch, batch_idx)
+
+    tiny(root, Together).fit()
+
+
+def test_a_signal_to_all_ranks_is_answered_by_one(tmp_path: Path) -> None:
+    ended = run_to_the_end(tmp_path, 2, signalled_together, tmp_path)
+    assert ended.statuses == [143, 143], ended
+    assert sum("SIGTERM: stopping" in line for line in ended.lines) == 1, ended
 
 
 def unheard(root: Path) -> None:

@@ -147,9 +147,10 @@ class Job:
     workers: int = 0
     ranks: int = 1
     kind: type[killable_run.Run] = killable_run.Run
+    layout: str = "ddp"
 
     def start(self, moment: str = "") -> Processes:
-        arguments = (self.root, self.name, self.cell, self.workers, moment, self.kind)
+        arguments = (self.root, self.name, self.cell, self.workers, moment, self.kind, self.layout)
         return Processes(killable_run.run, *arguments, ranks=self.ranks)
 
     def run(self, moment: str = "") -> list[int]:

@@ -22,6 +22,7 @@ from typing import Any
 
 import kill_moments
 import torch
+from layouts import LAYOUTS, Blocks, split_blocks
 from support import TinyTrainer, exact_state, mlp, tiny
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -71,6 +72,16 @@ class Run(TinyTrainer):
         return loss
 
 
+class Split(Run):
+    """A net that every layout can split and shard."""
+
+    def configure_models(self) -> None:
+        self.net = Blocks(dropout=self.config.dropout)
+
+    def apply_tensor_parallel(self, model: nn.Module, mesh: Any) -> None:
+        split_blocks(model, mesh)
+
+
 class Starts(Callback):
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -88,10 +99,13 @@ def run(
     num_workers: int = 0,
     moment: str = "",
     kind: type[Run] = Run,
+    layout: str = "ddp",
 ) -> None:
     """Train to the end, or to the moment."""
     root = Path(root)
     options = dict(CELLS[cell])
+    if layout != "ddp":
+        options |= {"devices": LAYOUTS[layout].size, "dp_replicate": 1, **LAYOUTS[layout].sizes}
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     callbacks: dict[str, Callback] = {"starts": Starts(root / f"{experiment}.starts")}
     trigger = None

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 from driver import KILLED, End, Job, assert_same_end, draw
-from killable_run import STEPS
+from killable_run import STEPS, Split
+from layouts import LAYOUTS
 
 pytestmark = pytest.mark.distributed
 
+SHORT = ("fsdp", "step:3:*")
 EACH_STEP = [(step, rank) for step in range(1, STEPS["both"] + 1) for rank in (0, 1)]
 NAMED = ["after-files:2:1", "on_boundary:3:0", "before-files:4:1", "after-manifest:3:0"]
 
@@ -72,3 +74,25 @@ def test_three_ranks(step: int, tmp_path: Path, straight: Callable[..., End]) ->
     job = Job(tmp_path, "killed", ranks=3)
     job.killed(f"step:{step}:*")
     assert_same_end(job.finish(), straight("both", 3), job)
+
+
+#: A kill of all ranks, of one, and one inside of a save.
+IN_LAYOUTS = ["step:3:*", "step:4:1", "after-files:5:*"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "moment"),
+    [
+        pytest.param(layout, moment, marks=[pytest.mark.faults] * ((layout, moment) != SHORT))
+        for layout in ("fsdp", "hsdp", "tp", "fsdp-tp")
+        for moment in IN_LAYOUTS
+    ],
+)
+def test_a_sharded_or_split_run(layout: str, moment: str, tmp_path: Path) -> None:
+    ranks = LAYOUTS[layout].size
+    straight, killed = (
+        Job(tmp_path, name, ranks=ranks, kind=Split, layout=layout)
+        for name in ("straight", "killed")
+    )
+    killed.killed(moment)
+    assert_same_end(killed.finish(), straight.finish(), killed)

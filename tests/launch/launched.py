@@ -210,10 +210,10 @@ def _agent(words: list[str], arguments: tuple[Any, ...]) -> None:
     elastic_launch(config, train_here)(*arguments)
 
 
-def train_here(folder: Path, kind: type[train.Trainer] = train.Trainer) -> None:
+def train_here(folder: Path, kind: type[train.Trainer] = train.Trainer, **options: Any) -> None:
     """The run of `train.py`, in this process."""
     torch.set_num_threads(1)
-    kind(train.config(folder)).fit()
+    kind(train.config(folder, **options)).fit()
 
 
 def wait_until(condition: Callable[[], bool]) -> bool:

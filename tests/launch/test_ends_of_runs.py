@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from launched import BIN, OPTIONS, SCRIPT, ends, only, run
+from launched import (
+    BIN,
+    OPTIONS,
+    SCRIPT,
+    ends,
+    only,
+    run,
+    run_forks,
+    torchrun_variables,
+    train_here,
+)
 from support import free_port
 
 pytestmark = [pytest.mark.may_leave("rng"), pytest.mark.distributed]
@@ -38,7 +49,7 @@ def test_a_signal_under_fabrics_launcher_saves_and_ends_with_143(
     assert only([end["digest"] for end in ends(tmp_path)]) == reference["digest"]
 
 
-def test_a_signal_to_torchrun_saves_and_the_same_command_goes_on(
+def test_a_signal_to_torchrun_saves_and_the_run_goes_on(
     tmp_path: Path,
     reference: dict[str, Any],
 ) -> None:
@@ -46,5 +57,6 @@ def test_a_signal_to_torchrun_saves_and_the_same_command_goes_on(
     command = [BIN / "torchrun", *words, SCRIPT, *OPTIONS, "--seed", 3, "--experiment", "x"]
     output = run(command, tmp_path, status=1, DIE="1:6", DIE_OF="SIGTERM", DIE_WITH="parent")
     assert "saved at step 6" in output
-    run(command, tmp_path)
+    again = partial(train_here, experiment="x")
+    run_forks(again, tmp_path, folder=tmp_path, ranks=torchrun_variables(2))
     assert only([end["digest"] for end in ends(tmp_path)]) == reference["digest"]

@@ -13,9 +13,11 @@ from support import (
     TinyTrainer,
     differences,
     exact_state,
+    mlp,
     run_ranks,
     tiny,
 )
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
@@ -43,6 +45,25 @@ class Weighted(TinyTrainer):
         return {"loss": loss, "weight": batch["x"].abs().sum().detach()}
 
 
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(mlp() for _ in range(3))
+
+    def forward(self, x: Tensor, branch: int) -> Tensor:
+        return self.branches[branch](x)  # type: ignore[no-any-return]
+
+
+class Branching(TinyTrainer):
+    """Each batch of a window goes through a branch of its own; the others are unused."""
+
+    def configure_models(self) -> None:
+        self.net = Branches()
+
+    def compute_loss(self, batch: Any, batch_idx: int) -> Any:
+        return (self.net(batch["x"], batch_idx % 3) - batch["y"]).square().mean()
+
+
 class SavesIn(Callback):
     """Saves in every call of a hook, and keeps the log and the calls of that moment."""
 
@@ -60,10 +81,16 @@ for _hook in HOOKS:
     setattr(SavesIn, _hook, lambda self, *arguments: None)
 
 
-def run(root: Path, name: str, callbacks: dict[str, Any], **options: Any) -> Any:
+def run(
+    root: Path,
+    name: str,
+    callbacks: dict[str, Any],
+    kind: type[TinyTrainer] = Weighted,
+    **options: Any,
+) -> Any:
     defaults = {"n_epochs": 2, "num_samples": 26, "num_val_samples": 6, "dropout": 0.2}
     defaults |= {"gradient_accumulation_steps": 3, "val_every_n_steps": 2, "async_save": False}
-    trainer = tiny(root, Weighted, experiment=name, callbacks=callbacks, **defaults | options)
+    trainer = tiny(root, kind, experiment=name, callbacks=callbacks, **defaults | options)
     trainer.fit()
     return trainer
 
@@ -107,28 +134,33 @@ def test_a_save_between_the_batches_of_a_validation_is_refused(tmp_path: Path) -
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("layout", ["ddp", "fsdp", "fsdp in bf16"])
+@pytest.mark.parametrize("layout", ["ddp", "ddp with unused parameters", "fsdp", "fsdp in bf16"])
 def test_on_ranks_too(tmp_path: Path, layout: str) -> None:
-    devices = DDP if layout == "ddp" else FSDP
+    devices, kind = (DDP if layout == "ddp" else FSDP), Weighted
     if layout == "fsdp in bf16":
         devices = devices | {"precision": "bf16-mixed"}  # accumulates in a type of its own
+    if layout == "ddp with unused parameters":
+        devices, kind = {"strategy": "ddp_find_unused_parameters_true", "devices": 2}, Branching
 
-    def rank(name: str, number: int | None) -> Any:
-        path = "auto" if number is None else str(tmp_path / "kept-straight" / str(number))
+    def rank(name: str, resume: str = "auto") -> Any:
         saves = SavesIn("post_train_step", tmp_path / f"kept-{name}", RecordingCallback())
-        callbacks = {"saves": saves}
-        trainer = run(tmp_path, name, callbacks, num_samples=48, resume=path, **devices)
-        return exact_state(trainer)
+        options = {"num_samples": 48, "resume": resume, **devices}
+        return exact_state(run(tmp_path, name, {"saves": saves}, kind, **options))
 
-    straight = run_ranks(2, rank, "straight", None)
-    log = (tmp_path / "default" / "default" / "straight" / "metrics.jsonl").read_bytes()
+    def resumed_from_each() -> Any:
+        kept = tmp_path / "kept-straight"
+        return {number: rank(f"resumed-{number}", str(kept / str(number))) for number in (0, 1, 4)}
+
+    straight = run_ranks(2, rank, "straight")
+    directories = tmp_path / "default" / "default"
+    log = (directories / "straight" / "metrics.jsonl").read_bytes()
     for number in (0, 1, 4):
-        directory = tmp_path / "default" / "default" / f"resumed-{number}"
-        directory.mkdir()
-        (directory / "metrics.jsonl").write_bytes(log)
-        resumed = run_ranks(2, rank, directory.name, number)
-        assert [differences(*pair) for pair in zip(straight, resumed, strict=True)] == [[], []]
-        assert (directory / "metrics.jsonl").read_bytes() == log
+        (directories / f"resumed-{number}").mkdir()
+        (directories / f"resumed-{number}" / "metrics.jsonl").write_bytes(log)
+    for end, ends in zip(straight, run_ranks(2, resumed_from_each), strict=True):
+        for number, state in ends.items():
+            assert differences(end, state) == [], number
+            assert (directories / f"resumed-{number}" / "metrics.jsonl").read_bytes() == log
 
 
 @pytest.mark.distributed

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
-from support import rank_environment, run_ranks
+from support import TinyTrainer, rank_environment, run_ranks, tiny
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -224,6 +224,38 @@ def test_clipping_returns_a_plain_norm_and_clips() -> None:
     assert world.clip_gradients(optimizer, max_norm=1.0).isnan()
     with pytest.raises(RuntimeError, match="non-finite"):
         world.clip_gradients(optimizer, max_norm=1.0, error_if_nonfinite=True)
+
+
+class KnowsMore(SingleDeviceStrategy):
+    """As FSDP1, it asks the wrapped module for the norm: what is in ``.grad`` is a part of it."""
+
+    def clip_gradients_norm(self, module: Any, optimizer: Any, **options: Any) -> Tensor:
+        assert module.bias.grad is not None
+        norm = super().clip_gradients_norm(module, optimizer, **options)
+        return 2 * norm
+
+
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+def test_a_strategy_of_its_own_kind_measures_the_norm_itself(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, max_norm: float | None
+) -> None:
+    monkeypatch.setattr("dream_trainer.world.dream_world._PLAIN", ())
+    norms: list[float] = []
+
+    class Trainer(TinyTrainer):
+        def configure_models(self) -> None:
+            self.net = nn.Linear(3, 1)
+
+        def step(self, *arguments: Any) -> Any:
+            own = torch.nn.utils.get_total_norm([p.grad for p in self.net.parameters()])
+            norm = super().step(*arguments)
+            norms.append(float(norm / own))
+            return norm
+
+    strategy = KnowsMore("cpu")
+    options = {"track_grad_norm": True, "gradient_clip_val": max_norm, "max_steps": 2}
+    tiny(tmp_path, Trainer, strategy=strategy, enable=False, **options).fit()
+    assert norms == [2.0, 2.0]
 
 
 @pytest.mark.parametrize("max_norm", [None, 1.0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dream_trainer.configs.numbers import is_count, not_above_zero
 from dream_trainer.errors import ConfigError
 
 _CHANGEABLE = ("seed", "dataset_length", "stop_reason")
@@ -61,17 +62,15 @@ class CheckpointParameters:
         problems = [
             f"{name}={value!r} is not a whole number above 0"
             for name in _COUNTS
-            if (value := getattr(self, name)) is not None
-            and not (isinstance(value, int) and value >= 1)
+            if (value := getattr(self, name)) is not None and not is_count(value)
         ]
-        if self.every_n_minutes is not None and not self.every_n_minutes > 0:
-            problems.append(f"every_n_minutes={self.every_n_minutes} is not above 0")
+        problems += not_above_zero("every_n_minutes", self.every_n_minutes)
         if self.mode not in ("min", "max"):
             problems.append(f"mode={self.mode!r} is neither 'min' nor 'max'")
-        if not (isinstance(self.keep_last, int) and self.keep_last >= 1):
-            problems.append(f"keep_last={self.keep_last}: the newest checkpoint must stay")
-        if not (isinstance(self.keep_top_k, int) and self.keep_top_k >= 0):
-            problems.append(f"keep_top_k={self.keep_top_k} is below 0")
+        if not is_count(self.keep_last):
+            problems.append(f"keep_last={self.keep_last!r}: the newest checkpoint must stay")
+        if self.keep_top_k != 0 and not is_count(self.keep_top_k):
+            problems.append(f"keep_top_k={self.keep_top_k!r} is not a whole number from 0")
         unknown = [name for name in self.allow_changed if name not in _CHANGEABLE]
         problems += [
             f"allow_changed: {name!r} is none of {', '.join(_CHANGEABLE)}" for name in unknown

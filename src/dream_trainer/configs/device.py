@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from dream_trainer.configs.numbers import is_count, is_number
 from dream_trainer.errors import ConfigError
 
 Size = int | Literal["auto"]
@@ -69,31 +70,32 @@ class DeviceParameters:
         problems = [
             f"{name}={value!r} is neither 'auto' nor a whole number above 0"
             for name, value in self._sizes().items()
-            if value != "auto" and not _is_count(value)
+            if value != "auto" and not is_count(value)
         ]
         autos = [name for name, value in self._sizes().items() if value == "auto"]
         if len(autos) > 1:
             problems.append(f"{' and '.join(autos)} are both 'auto'; at most one size can be")
         if self.precision not in PRECISIONS:
             problems.append(f"precision={self.precision!r} is none of {', '.join(PRECISIONS)}")
-        if not _is_count(self.num_nodes):
+        if not is_count(self.num_nodes):
             problems.append(f"num_nodes={self.num_nodes!r} is not a whole number above 0")
         if not _names_devices(self.devices):
             problems.append(
                 f"devices={self.devices!r} is neither a number above 0, nor a list of different "
                 "numbers, nor 'auto'"
             )
-        if not (_is_number(self.timeout_seconds) and self.timeout_seconds > 0):
+        if not (is_number(self.timeout_seconds) and self.timeout_seconds > 0):
             problems.append(f"timeout_seconds={self.timeout_seconds!r} is not a number above 0")
-        if not (_is_number(self.failure_timeout_seconds) and self.failure_timeout_seconds >= 2):
+        if not (is_number(self.failure_timeout_seconds) and self.failure_timeout_seconds >= 2):
             problems.append(
                 f"failure_timeout_seconds={self.failure_timeout_seconds!r} is not a number of 2 "
                 "or more"
             )
-        if self.strategy is not None and (self.dp_shard != 1 or self.tensor_parallel != 1):
+        others = self.dp_shard != 1 or self.tensor_parallel != 1
+        if self.strategy is not None and (others or self.dp_replicate not in ("auto", 1)):
             problems.append(
-                f"strategy={self.strategy!r} goes with dp_shard=1 and tensor_parallel=1: "
-                "the sizes belong to MeshStrategy, which is chosen when strategy is None"
+                f"strategy={self.strategy!r} is not told dp_replicate, dp_shard and "
+                "tensor_parallel, which choose a strategy themselves: leave them or it out"
             )
         if self.cpu_offload and self.strategy is not None:
             problems.append(
@@ -166,14 +168,6 @@ class DeviceParameters:
         return {name: getattr(self, name) for name in _SIZES}
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _names_devices(devices: object) -> bool:
     if isinstance(devices, str):
         text = devices.strip()
@@ -182,7 +176,7 @@ def _names_devices(devices: object) -> bool:
         return _are_indices([int(p) if p.strip().isdigit() else p for p in text.split(",") if p])
     if isinstance(devices, list):
         return _are_indices(devices)
-    return devices == -1 or _is_count(devices)
+    return devices == -1 or is_count(devices)
 
 
 def _are_indices(devices: list[Any]) -> bool:

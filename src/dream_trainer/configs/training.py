@@ -6,6 +6,7 @@ import signal
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dream_trainer.configs.numbers import is_count, not_above_zero
 from dream_trainer.errors import ConfigError
 
 _COUNTS = (
@@ -73,14 +74,14 @@ class TrainingParameters:
             f"{name}={value!r} is not a whole number above 0"
             for name in _COUNTS
             if ((value := getattr(self, name)) is not None or name == "gradient_accumulation_steps")
-            and not (isinstance(value, int) and value >= 1)
+            and not is_count(value)
         ]
-        if self.num_sanity_val_steps < 0:
-            problems.append(f"num_sanity_val_steps={self.num_sanity_val_steps} is below 0")
-        if self.max_time is not None and not self.max_time > 0:
-            problems.append(f"max_time={self.max_time} is not above 0 seconds")
-        if self.gradient_clip_val is not None and not self.gradient_clip_val > 0:
-            problems.append(f"gradient_clip_val={self.gradient_clip_val} is not above 0")
+        if self.num_sanity_val_steps != 0 and not is_count(self.num_sanity_val_steps):
+            problems.append(
+                f"num_sanity_val_steps={self.num_sanity_val_steps!r} is not a whole number from 0"
+            )
+        for name in ("max_time", "gradient_clip_val", "grace_seconds"):
+            problems += not_above_zero(name, getattr(self, name))
         names = self.preemption_signals
         if isinstance(names, str):
             problems.append(f"preemption_signals={names!r} is not a list of names")
@@ -90,8 +91,6 @@ class TrainingParameters:
             for name in names
             if name in ("SIGINT", "SIGKILL", "SIGSTOP") or not hasattr(signal.Signals, str(name))
         ]
-        if self.grace_seconds is not None and not self.grace_seconds > 0:
-            problems.append(f"grace_seconds={self.grace_seconds} is not above 0")
         if self.on_nonfinite != "raise":
             problems.append(f"on_nonfinite={self.on_nonfinite!r} is not 'raise'")
         if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:

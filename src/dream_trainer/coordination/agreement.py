@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
-from torch.distributed import Store
+import torch.distributed as dist
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 
@@ -20,6 +20,8 @@ class StopRequest:
     kind: Literal["stop", "interrupt", "preempt"]
     """``"stop"`` ends the run on purpose, ``"interrupt"`` is Ctrl-C, ``"preempt"`` a scheduler."""
     reason: str
+    rank: int = field(default=0, compare=False)
+    """Of the one that asked."""
 
 
 class StopAgreement:
@@ -42,13 +44,13 @@ class StopAgreement:
         self.on_request: Callable[[StopRequest], None] = lambda request: None
         self._lock = threading.Lock()
         self.is_connected = False
-        self._store: Store | None = None
+        self._store: dist.Store | None = None
         self._rank, self._size = 0, 1
         self._early: StopRequest | None = None
         self._round = self._num_ticks = 0
         self._begin_round()
 
-    def connect(self, store: Store | None = None, rank: int = 0, size: int = 1) -> None:
+    def connect(self, store: dist.Store | None = None, rank: int = 0, size: int = 1) -> None:
         """Begin to pass requests on; those made earlier are passed on now.
 
         Args:
@@ -97,18 +99,28 @@ class StopAgreement:
             self._begin_round()
         return request
 
-    def ask(self, request: StopRequest) -> None:
-        """Ask all ranks to stop; the first request wins. From any thread of any rank."""
+    def ask(self, request: StopRequest) -> bool:
+        """Ask all ranks to stop; the first request wins. From any thread of any rank.
+
+        Returns:
+            Whether no other rank was first.
+        """
         with self._lock:
+            request = replace(request, rank=self._rank)
             if not self.is_connected:
                 self._early = self._early or request
-                return
+                return True
             store, number, key = self._store, self._round, self._key("request")
         first = request
         if store is not None:
-            first = _decoded(store.compare_set(key, "", json.dumps(asdict(request))))
+            try:
+                first = _decoded(store.compare_set(key, "", json.dumps(asdict(request))))
+            except dist.DistError:
+                return True  # rank 0 carries it and does not answer: the watch ends the run
         if not self._note(first, number):
-            self.ask(request)  # of a round that has ended since, so nobody looks for it there
+            # Of a round that has ended since, so nobody looks for it there.
+            return self.ask(request)
+        return first.rank == request.rank
 
     def look(self) -> None:
         """What the thread does every now and then: hear of requests, answer, decide."""

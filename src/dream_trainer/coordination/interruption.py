@@ -105,10 +105,14 @@ class Interruption:
     def _heard(self, number: signal.Signals) -> None:
         if number != signal.SIGINT and self._is_pointless():
             return  # a launcher that has lost one rank sends it to the others
-        what = "once more stops at once" if number == signal.SIGINT else self._told_grace
-        tell(f"\n{number.name}: stopping after this batch; {what}")
         is_ctrl_c = number == signal.SIGINT
-        self._agreement.ask(StopRequest("interrupt" if is_ctrl_c else "preempt", number.name))
+        request = StopRequest("interrupt" if is_ctrl_c else "preempt", number.name)
+        # Here, too: an earlier request, `stop` for example, may be what the ranks agree on.
+        self._start_deadline(request)
+        if self._agreement.ask(request):
+            # A terminal and a scheduler send it to every rank.
+            what = "once more stops at once" if is_ctrl_c else self._told_grace
+            tell(f"\n{number.name}: stopping after this batch; {what}")
 
     @property
     def _told_grace(self) -> str:

@@ -24,6 +24,8 @@ from dream_trainer.world import DreamWorld
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 _SECONDS_WHILE_PENDING = 0.02
+# The store answers tens of thousands of requests a second; a look makes about five.
+_MOST_LOOKS_PER_SECOND = 2000
 _SECONDS_TO_END = 5.0
 _SECONDS_TO_DIE = 0.2
 _FAILURE, _SEEN, _LEFT = "failure", "seen", "left"
@@ -117,8 +119,8 @@ class RankWatch:
 
     def leave(self) -> None:
         """End the watch: this rank goes its own way. Rank 0 waits for the others to leave."""
-        self._agreement.disconnect()
         if self._thread is None:
+            self._agreement.disconnect()
             return
         others = range(1, self._size) if self._rank == 0 else ()
         if others:
@@ -133,6 +135,8 @@ class RankWatch:
         self._guard.join()
         while self._thread.is_alive() and not self._is_store_silent:
             self._thread.join(_SECONDS_WHILE_PENDING)
+        # Not before: rank 0 has passed its last place to stop, and another may just be asked to.
+        self._agreement.disconnect()
         if self._thread.is_alive():
             self._note(self._frozen(0))  # the thread may wait for the store for ever
         else:
@@ -162,7 +166,7 @@ class RankWatch:
             # A process that dies closes its connections before it counts as dead.
             self._is_failure_known.wait(_SECONDS_TO_DIE)
             self._wake.set()
-            self._is_failure_known.wait(self._timeout + 2 * _SECONDS_BETWEEN_LOOKS)
+            self._is_failure_known.wait(self._timeout + 2 * self._seconds_between_looks())
             if self.failure is not None:
                 return self.failure
         # It says itself what is wrong with a configuration, in its own two lines.
@@ -200,12 +204,17 @@ class RankWatch:
                 if not self._leaving.is_set():
                     what = f"the store that it carries is gone ({str(error).splitlines()[0]})"
                     self._note(RankFailure(0, what, self._place_of(0)))
-            is_pending = self._agreement.is_pending
-            self._wake.wait(_SECONDS_WHILE_PENDING if is_pending else _SECONDS_BETWEEN_LOOKS)
+            self._wake.wait(self._seconds_between_looks())
             self._wake.clear()
         if self.failure is not None:
             with suppress(dist.DistError):
                 self._store.set(f"{_SEEN}/{self._rank}", "1")
+
+    def _seconds_between_looks(self) -> float:
+        least = self._size / _MOST_LOOKS_PER_SECOND
+        if self._agreement.is_pending:
+            return max(_SECONDS_WHILE_PENDING, least)
+        return max(_SECONDS_BETWEEN_LOOKS, min(least, self._timeout / 8))
 
     def _guard_store(self) -> None:
         """The store freezes with rank 0, and with it the thread that asks it."""

@@ -35,7 +35,12 @@ from dream_trainer.loop import FitLoop
 from dream_trainer.metrics import LoggedValues, Value
 from dream_trainer.randomness import rng_state, seed_everything, set_rng_state
 from dream_trainer.trainer.abstract import AbstractTrainer, AbstractTrainerConfig
-from dream_trainer.trainer.components import Components, find_module, steppable_schedulers
+from dream_trainer.trainer.components import (
+    Components,
+    find_module,
+    steppable_schedulers,
+    trained_alone,
+)
 from dream_trainer.trainer.loaders import adopt_loader, count_training_steps
 from dream_trainer.trainer.metric_phases import MetricPhases
 from dream_trainer.trainer.ranks_elsewhere import bring_back, run_on_ranks
@@ -352,7 +357,8 @@ class BaseTrainer(AbstractTrainer):
         parameters = self.training_parameters
         norm = None
         if parameters.gradient_clip_val is not None or parameters.track_grad_norm:
-            norm = self.world.clip_gradients(optimizer, max_norm=parameters.gradient_clip_val)
+            max_norm, module = parameters.gradient_clip_val, self._module_of.get(name)
+            norm = self.world.clip_gradients(optimizer, max_norm=max_norm, module=module)
         optimizer.step()
         optimizer.zero_grad()
         if (scheduler := self._scheduler_of.get(name)) is not None:
@@ -560,6 +566,7 @@ class BaseTrainer(AbstractTrainer):
         )
         self._optimizers = dict(self.named_optimizers())
         self._scheduler_of = steppable_schedulers(self)
+        self._module_of = trained_alone(self.named_models(), self._optimizers)
         self.lock = RunLock(self.run_directory)
         self.checkpointer = Checkpointer(
             self.run_directory / "checkpoints", self.world, self.checkpoint_parameters

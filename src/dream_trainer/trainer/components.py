@@ -144,6 +144,21 @@ def find_module(models: Mapping[str, nn.Module], fqn: str) -> nn.Module:
     return module
 
 
+def trained_alone(
+    models: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]
+) -> dict[str, nn.Module]:
+    """Optimizer name -> the model whose parameters it has, where that is one model alone."""
+    found = {}
+    for name, optimizer in optimizers.items():
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        trained = [
+            model for model in models.values() if any(id(p) in own for p in model.parameters())
+        ]
+        if len(trained) == 1:
+            found[name] = trained[0]
+    return found
+
+
 def steppable_schedulers(trainer: AbstractTrainer) -> dict[str, LRScheduler]:
     """Optimizer name -> the scheduler that steps with it.
 

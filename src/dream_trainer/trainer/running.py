@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,15 @@ if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
 
 
+@dataclass
+class _End:
+    """How a run ends on this rank."""
+
+    status: str = "failed"
+    is_together: bool = False
+    """Whether all ranks come to this end at the same place."""
+
+
 @contextmanager
 def running(trainer: BaseTrainer) -> Iterator[None]:
     """Run a block of a trainer; however it ends, nothing stays open.
@@ -27,56 +37,78 @@ def running(trainer: BaseTrainer) -> Iterator[None]:
     Raises:
         RankFailedError: another rank failed, and this one could not go on without it.
     """
-    parameters, world, watch = trainer.training_parameters, trainer.world, trainer.watch
+    parameters, world, end = trainer.training_parameters, trainer.world, _End()
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(parameters.deterministic or was_deterministic)
-    status, is_together, trainer.is_running = "failed", False, True
+    trainer.is_running = True
     try:
-        with trainer.interruption, torch.autograd.set_detect_anomaly(parameters.detect_anomaly):
-            try:
-                if world.is_launched:
-                    watch.join(world)
-                yield
-                status = "success"
-            except (KeyboardInterrupt, Preempted) as interrupt:
-                is_between = isinstance(interrupt, (Interrupted, Preempted))
-                trainer.is_interrupted_between_batches = is_between
-                if not is_between:
-                    watch.fail(interrupt)  # this rank leaves the others in mid-step
-                failed = _guarded(trainer.callbacks.on_interrupt, trainer)
-                if failed is not None:
-                    watch.fail(failed)  # it leaves the others in a save that needs this rank
-                is_together = is_between and failed is None
-                raise
-            except BaseException as error:
-                first = watch.fail(error)
-                _guarded(trainer.callbacks.on_exception, trainer, error)
-                if first is not None:
-                    raise RankFailedError(first) from error
-                raise
-            finally:
-                trainer.place.enter("end")
-                torch.use_deterministic_algorithms(was_deterministic)
-                _guarded(trainer.callbacks.close, trainer)
-                _guarded(trainer.release)
-                if trainer.is_fitting and world.is_global_zero:
-                    for logger in trainer.loggers.values():
-                        _guarded(partial(logger.finalize, status))
-                trainer.is_running = trainer.is_fitting = False
+        # Signals are requests to the very end: they must not kill a rank that the others need.
+        with (
+            trainer.interruption,
+            _parting(trainer, end),
+            _closing(trainer, end),
+            torch.autograd.set_detect_anomaly(parameters.detect_anomaly),
+        ):
+            if world.is_launched:
+                trainer.watch.join(world)
+            yield
+    finally:
+        torch.use_deterministic_algorithms(was_deterministic)
+
+
+@contextmanager
+def _closing(trainer: BaseTrainer, end: _End) -> Iterator[None]:
+    """Tell the callbacks and the other ranks how the block ended; close what is open."""
+    watch = trainer.watch
+    try:
+        yield
+        end.status, end.is_together = "success", True
+    except (KeyboardInterrupt, Preempted) as interrupt:
+        is_between = isinstance(interrupt, (Interrupted, Preempted))
+        trainer.is_interrupted_between_batches = is_between
+        if not is_between:
+            watch.fail(interrupt)  # this rank leaves the others in mid-step
+        failed = _guarded(trainer.callbacks.on_interrupt, trainer)
+        if failed is not None:
+            watch.fail(failed)  # it leaves the others in a save that needs this rank
+        end.is_together = is_between and failed is None
+        raise
+    except BaseException as error:
+        first = watch.fail(error)
+        _guarded(trainer.callbacks.on_exception, trainer, error)
+        if first is not None:
+            raise RankFailedError(first) from error
+        raise
+    finally:
+        trainer.place.enter("end")
+        _guarded(trainer.callbacks.close, trainer)
+        _guarded(trainer.release)
+        if trainer.is_fitting and trainer.world.is_global_zero:
+            for logger in trainer.loggers.values():
+                _guarded(partial(logger.finalize, end.status))
+        trainer.is_running = trainer.is_fitting = False
+
+
+@contextmanager
+def _parting(trainer: BaseTrainer, end: _End) -> Iterator[None]:
+    """Leave the other ranks, who are told to come, too, if this one alone ends here."""
+    world, watch = trainer.world, trainer.watch
+    try:
+        yield
     except Preempted as preempted:
         # SIGTERM is what scancel sends, too: such a job is to stay away.
         if world.is_global_zero and preempted.signal_name != "SIGTERM":
             requeue_slurm_job()
         raise
     finally:
-        if status == "failed" and not is_together:
+        if not end.is_together:
             world.end_children()
             # Several ranks keep it: the group's end waits for its threads with Python's lock held,
             # as soon as a model that used it is gone, and they wait for that lock.
             if world.is_launched and world.size == 1:
                 world.close()
         _guarded(watch.leave)
-        if status == "success":
+        if end.status == "success":
             watch.require_all()  # one failed at the end, or froze
 
 

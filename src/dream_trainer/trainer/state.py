@@ -22,6 +22,7 @@ from dream_trainer.world.component_state import (
     set_eval_mode,
     set_frozen_parameters,
 )
+from dream_trainer.world.gradient_sync import keep_reducing_gradients
 from dream_trainer.world.window_gradients import load_window_gradients, window_gradients
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ def apply_state(trainer: BaseTrainer, state: Mapping[str, Any], strict: bool) ->
         if window := own.get("window"):
             trainer.window.load_state_dict(window)
             load_window_gradients(models, window["gradients"])
+            keep_reducing_gradients(trainer.sync_modules)
     rng = state.get("rng", {})
     if rng.get("rank") == trainer.world.rank:
         set_rng_state(rng)

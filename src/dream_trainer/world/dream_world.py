@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -375,21 +376,27 @@ class DreamWorld:
             clip_val: cut each element to plus or minus this instead.
             norm_type: which norm.
             error_if_nonfinite: raise at a norm that is NaN or infinite; costs a host sync.
-            module: needed by FSDP1 only.
+            module: the one that it trains, as `setup` returned it. FSDP1 asks it.
 
         Returns:
             The norm before clipping: a plain tensor without dimensions, on the device, the same
             on every rank.
         """
         raw: Optimizer = unwrap(optimizer)
-        if max_norm is not None and not isinstance(self.strategy, _PLAIN):
-            norm = self.strategy.clip_gradients_norm(
-                module if module is not None else nn.Identity(),
+        if not isinstance(self.strategy, _PLAIN):
+            # It alone sees all parts of the gradients. An infinite norm leaves them as they are.
+            owner = nn.Identity() if module is None else module
+            limit = math.inf if max_norm is None else max_norm
+            norm = self._fabric.clip_gradients(
+                owner,
                 raw,
-                max_norm=max_norm,
+                max_norm=limit,
                 norm_type=norm_type,
                 error_if_nonfinite=error_if_nonfinite,
             )
+            if clip_val is not None:
+                self._fabric.clip_gradients(owner, raw, clip_val=clip_val)
+            assert norm is not None
             return unsharded_norm(norm)
         precision = self.strategy.precision
         if (scaler := getattr(precision, "scaler", None)) is not None:

@@ -69,6 +69,23 @@ def fix_bucket_order(module: nn.Module) -> None:
             parameter.grad = None  # a gradient of zero would make an optimizer step
 
 
+def keep_reducing_gradients(modules: Iterable[nn.Module]) -> None:
+    """Have DDP modules reduce the gradients that are there, whatever the next pass uses.
+
+    With find_unused_parameters DDP reduces what it saw used since it reduced last, and one that
+    was made in the middle of a window saw nothing: gradients from before would stay each rank's
+    own, and the copies of the model drift apart. No collective.
+    """
+    for part in (part for module in modules for part in module.modules()):
+        if not (isinstance(part, DistributedDataParallel) and part.find_unused_parameters):
+            continue
+        for parameter in (p for p in part.module.parameters() if p.requires_grad):
+            if (gradient := parameter.grad) is not None:
+                parameter.grad = None
+                parameter.backward(_zeros(parameter, is_sparse=gradient.is_sparse))
+                parameter.grad = gradient
+
+
 def _zeros(parameter: nn.Parameter, *, is_sparse: bool) -> Tensor:
     """A gradient of zero, of the kind that DDP expects."""
     if not is_sparse:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -195,6 +196,9 @@ class MeshStrategy(ModelParallelStrategy):
         self._whole_mesh = self.make_mesh(dimensions)
         above = tuple(name for name, size in dimensions.items() if size > 1)
         self._device_mesh = self._whole_mesh[above or (DP_SHARD,)]
+        if self.global_rank:
+            # torch's, about in-place changes of a block's output: told once, not by every rank.
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
 
     def make_mesh(self, dimensions: Mapping[str, int]) -> DeviceMesh:
         """A mesh over all ranks, in their order.

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from dream_trainer.errors import ConfigError
-from dream_trainer.world.gradient_sync import fix_bucket_order
+from dream_trainer.world.gradient_sync import fix_bucket_order, keep_reducing_gradients
 
 _USED_UNGATHERED = (
     "A parameter was used that is not gathered. Either its module was sharded, and used without "
@@ -206,10 +206,7 @@ class ReplicatedModule(WrappedModule):
         try:
             with requiring_gradients(self._parameters_in_order, reduced):
                 made = strategy.setup_module(self._original_module)
-                for parameter, waiting in zip(self._parameters_in_order, waits, strict=True):
-                    if waiting:
-                        # Its hook notes that it was used; no other rank takes part yet.
-                        parameter.backward(torch.zeros_like(parameter))
+                keep_reducing_gradients([made])
         finally:
             strategy._ddp_kwargs = options
         # The same object, because an accumulation may be under way that switched its sync off.
