@@ -60,6 +60,13 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none")
+def ray(session: nox.Session) -> None:
+    """Train on two workers of Ray (a minute)."""
+    command = ["python", "-m", "pytest", "-m", "ray and not faults", "tests/launch/test_ray.py"]
+    run_in_dev(session, *command, *session.posargs, OMP_NUM_THREADS="1")
+
+
+@nox.session(venv_backend="none")
 def bench(session: nox.Session) -> None:
     """Run the benchmarks, or those named after `--`; they print tables and assert nothing."""
     found = sorted((ROOT / "tests" / "benchmarks").glob("bench_*.py"))
@@ -70,7 +77,7 @@ def bench(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def faults(session: nox.Session) -> None:
-    """Kill runs at every step and at random instants (ten minutes); FAULTS_SEED repeats a draw."""
+    """Kill runs at every step and at random instants (20 minutes); FAULTS_SEED repeats a draw."""
     seed = os.environ.get("FAULTS_SEED") or str(random.randrange(1_000_000))
     session.log(f"FAULTS_SEED={seed}")
     command = ["python", "-m", "pytest", "-v", "-n", "auto", "--dist", "worksteal", "-m", ""]

@@ -520,14 +520,6 @@ def test_a_bug_in_user_code_has_its_traceback() -> None:
     assert bug.stderr.rstrip().endswith("RuntimeError: user code is broken")
 
 
-@pytest.mark.distributed
-def test_two_ranks_speak_with_one_voice() -> None:
-    devices = ["--device_parameters.devices", "2"]
-    result = run(script(), "validate", *devices, "--checkpoint_parameters.enable", "false")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("val/loss ") == 1
-
-
 def test_the_command_line_loads_neither_torch_nor_lightning() -> None:
     program = (
         "import sys, dream_trainer.cli\n"

@@ -49,6 +49,7 @@ def test_a_signal_under_fabrics_launcher_saves_and_ends_with_143(
     assert only([end["digest"] for end in ends(tmp_path)]) == reference["digest"]
 
 
+@pytest.mark.faults
 def test_a_signal_to_torchrun_saves_and_the_run_goes_on(
     tmp_path: Path,
     reference: dict[str, Any],

@@ -12,7 +12,7 @@ from launched import SCRIPT, ends, only, run, run_forks, torchrun_variables, tra
 pytestmark = [
     pytest.mark.may_leave("rng"),
     pytest.mark.distributed,
-    pytest.mark.slow,
+    pytest.mark.ray,
     pytest.mark.timeout(400),
     pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed"),
 ]
