@@ -44,13 +44,13 @@ def weights_hash(output: str) -> str:
 def test_digits_passes_97_percent_and_a_killed_run_ends_with_the_same_weights(
     tmp_path: Path,
 ) -> None:
-    short = ("--training_parameters.n_epochs", "8")
+    short = ("--training_parameters.n_epochs", "5")
     straight = run(tmp_path, "digits.py", "--experiment", "a", *short)
 
     killed = start(tmp_path, "digits.py", "--experiment", "b", "--num_workers", "2", *short)
     assert killed.stdout is not None
     for line in killed.stdout:
-        if line.startswith("epoch 3/"):
+        if line.startswith("epoch 2/"):
             killed.send_signal(signal.SIGKILL)
             break
     killed.communicate(timeout=60)
