@@ -500,17 +500,17 @@ def script() -> str:
     return write("train.py", "\n\n".join([inspect.cleandoc(imports), *parts, main_part]))
 
 
-@pytest.mark.usefixtures("modules")
-def test_a_script_trains_and_the_command_continues_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_script_trains_and_the_command_continues_it() -> None:
     args = ["--experiment", "a", "--training_parameters.n_epochs", "1"]
     first = run(script(), "fit", *args)
     assert first.returncode == 0, first.stderr
     rows = Path("runs/default/default/a/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert {json.loads(row)["epoch"] for row in rows} <= {0, 1}
-    main(["fit", "train:Trainer", *args[:-1], "2"])
-    said = capsys.readouterr().out
-    assert "resuming runs/default/default/a at step 2" in said
-    assert "done at step 4" in said
+    command = ["-c", "from dream_trainer.cli import main; main()"]
+    second = run(*command, "fit", "train:Trainer", *args[:-1], "2")
+    assert second.returncode == 0, second.stderr
+    assert "resuming runs/default/default/a at step 2" in second.stdout
+    assert "done at step 4" in second.stdout
 
 
 def test_a_bug_in_user_code_has_its_traceback() -> None:
