@@ -216,3 +216,11 @@ def test_no_room_for_temporary_files_is_no_reason_not_to_train(
 
     monkeypatch.setattr(tempfile, "mkstemp", full)
     assert run_to_the_end(tmp_path, 2, train, tmp_path, "", "", 1).statuses == [0, 0]
+
+
+@pytest.mark.parametrize(("size", "expected"), [(2, 0.5), (1000, 0.5), (4096, 2.048)])
+def test_thousands_of_ranks_leave_their_store_time_to_answer(size: int, expected: float) -> None:
+    assert watch.seconds_between_looks(size, 20.0, is_pending=False) == expected
+    # Often enough for a silence to be noticed in time, and one to be told from a pause.
+    assert watch.seconds_between_looks(10 * size, 20.0, is_pending=False) <= 20 / 8
+    assert watch.seconds_between_looks(2, 20.0, is_pending=True) < 0.1

@@ -211,10 +211,7 @@ class RankWatch:
                 self._store.set(f"{_SEEN}/{self._rank}", "1")
 
     def _seconds_between_looks(self) -> float:
-        least = self._size / _MOST_LOOKS_PER_SECOND
-        if self._agreement.is_pending:
-            return max(_SECONDS_WHILE_PENDING, least)
-        return max(_SECONDS_BETWEEN_LOOKS, min(least, self._timeout / 8))
+        return seconds_between_looks(self._size, self._timeout, self._agreement.is_pending)
 
     def _guard_store(self) -> None:
         """The store freezes with rank 0, and with it the thread that asks it."""
@@ -323,6 +320,20 @@ class RankWatch:
         deadline = self._clock() + (self._timeout if is_mine else _SECONDS_TO_END)
         if not self._leaving.wait(deadline - self._clock()):
             end_process(1)
+
+
+def seconds_between_looks(size: int, timeout: float, is_pending: bool) -> float:
+    """How long a rank waits before it asks the store again; more ranks ask less often.
+
+    Args:
+        size: number of ranks.
+        timeout: seconds of silence after which a rank counts as failed.
+        is_pending: whether the ranks are about to agree on a place to stop.
+    """
+    least = size / _MOST_LOOKS_PER_SECOND
+    if is_pending:
+        return max(_SECONDS_WHILE_PENDING, least)
+    return max(_SECONDS_BETWEEN_LOOKS, min(least, timeout / 8))
 
 
 def _open_store(world: DreamWorld, timeout: float) -> dist.Store:
