@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     )
     from dream_trainer.checkpointing import Checkpointer, export_checkpoint
     from dream_trainer.cli import DreamCLI
-    from dream_trainer.configs import CheckpointParameters, DeviceParameters, TrainingParameters
+    from dream_trainer.configs import (
+        CheckpointParameters,
+        DeviceParameters,
+        Duration,
+        Size,
+        TrainingParameters,
+    )
     from dream_trainer.data import ResumableLoader
     from dream_trainer.planning import RunPlan, plan_run
     from dream_trainer.trainer import (
@@ -44,7 +50,13 @@ _HOMES = {
     ),
     "checkpointing": ("Checkpointer", "export_checkpoint"),
     "cli": ("DreamCLI",),
-    "configs": ("CheckpointParameters", "DeviceParameters", "TrainingParameters"),
+    "configs": (
+        "CheckpointParameters",
+        "DeviceParameters",
+        "Duration",
+        "Size",
+        "TrainingParameters",
+    ),
     "data": ("ResumableLoader",),
     "planning": ("RunPlan", "plan_run"),
     "trainer": (
@@ -75,6 +87,7 @@ __all__ = [
     "DreamTrainer",
     "DreamTrainerConfig",
     "DreamWorld",
+    "Duration",
     "LearningRateMonitor",
     "MeshStrategy",
     "MetricLogger",
@@ -82,6 +95,7 @@ __all__ = [
     "ResumableLoader",
     "ResumeReport",
     "RunPlan",
+    "Size",
     "TrainingParameters",
     "export_checkpoint",
     "plan_run",

@@ -55,6 +55,9 @@ class FitLoop:
         self.window = window
         self._clock = clock
         self._last_time = 0.0
+        self._step_limit = self._steps_of_epoch()
+        if val_loader is not None:  # a fraction of an unknown length is known now, not in an hour
+            trainer.training_parameters.val_batch_limit(val_loader.num_batches)
         self.is_evaluating = False
 
     def run(self) -> None:
@@ -65,6 +68,7 @@ class FitLoop:
             Preempted: after a batch, if a scheduler's signal asked for it.
         """
         self._last_time = self._clock()
+        self._step_limit = self._steps_of_epoch()
         self.check()
         if self.trainer.progress.is_step_open:
             self.finish_step()  # the checkpoint lies between a step and its validation
@@ -121,6 +125,7 @@ class FitLoop:
         if progress.train_epoch_finished:
             return
         self.train_loader.set_epoch(progress.epoch)
+        self._step_limit = self._steps_of_epoch()
         # Done by a limit, with batches left over: the epoch stays open for a later run.
         if not self._epoch_has_steps_left or self._train_batches():
             self._require_steps()
@@ -233,7 +238,8 @@ class FitLoop:
         if self.val_loader is None:
             return {}
         trainer.callbacks.pre_validation_epoch(trainer)
-        limit = trainer.training_parameters.val_steps_per_epoch
+        self.val_loader.rewind()  # a run that was continued must not count another epoch's batches
+        limit = trainer.training_parameters.val_batch_limit(self.val_loader.num_batches)
         results = self.evaluate(self.val_loader, trainer.validation_step, "val", limit)
         if trainer.is_fitting:
             trainer.validation_results = results
@@ -337,8 +343,13 @@ class FitLoop:
 
     @property
     def _epoch_has_steps_left(self) -> bool:
-        limit = self.trainer.training_parameters.train_steps_per_epoch
+        limit = self._step_limit
         return limit is None or self.trainer.progress.num_steps_in_epoch < limit
+
+    def _steps_of_epoch(self) -> int | None:
+        # Once per epoch: the batches of one need not be as many as those of another.
+        parameters = self.trainer.training_parameters
+        return parameters.step_limit(self.train_loader.num_batches, self.window.size)
 
     @property
     def _has_epoch_to_finish(self) -> bool:

@@ -70,7 +70,7 @@ def test_values_of_a_wrong_type_are_problems_like_all_others() -> None:
     wrong: dict[str, Any] = {
         "devices": [],
         "num_nodes": "2",
-        "timeout_seconds": "600",
+        "timeout_seconds": "600x",
         "failure_timeout_seconds": None,
     }
     with pytest.raises(ConfigError) as caught:
@@ -80,7 +80,7 @@ def test_values_of_a_wrong_type_are_problems_like_all_others() -> None:
         "devices=[]",
         "failure_timeout_seconds=None",
         "num_nodes='2'",
-        "timeout_seconds='600'",
+        "timeout_seconds='600x'",
     ]
 
 

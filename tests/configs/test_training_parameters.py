@@ -10,12 +10,13 @@ def test_all_problems_are_reported_at_once() -> None:
     wrong = {
         "n_epochs": 0,
         "max_steps": -1,
-        "train_steps_per_epoch": 1.5,
         "gradient_accumulation_steps": 0,
         "val_every_n_epochs": 0,
         "val_every_n_steps": "all",
-        "val_steps_per_epoch": 0,
         "num_sanity_val_steps": -1,
+        "train_steps_per_epoch": 1.5,
+        "val_steps_per_epoch": 0,
+        "overfit_batches": -0.5,
         "max_time": 0.0,
         "gradient_clip_val": -1.0,
         "on_nonfinite": "skip",
@@ -79,7 +80,7 @@ def test_the_accumulation_cannot_be_none() -> None:
 
 
 def test_numbers_that_are_none_are_all_named() -> None:
-    wrong = {"max_time": "60", "gradient_clip_val": True, "grace_seconds": -1, "max_steps": True}
+    wrong = {"max_time": "60x", "gradient_clip_val": True, "grace_seconds": -1, "max_steps": True}
     with pytest.raises(ConfigError) as caught:
         TrainingParameters(num_sanity_val_steps="2", **wrong)  # type: ignore[arg-type]
     said = str(caught.value)

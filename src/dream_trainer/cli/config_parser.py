@@ -18,6 +18,7 @@ from jsonargparse import (
 
 from dream_trainer.cli.config_files import merge_files, read_files
 from dream_trainer.cli.explanations import explained
+from dream_trainer.cli.value_types import register_value_types
 from dream_trainer.configs.yaml_text import dump_yaml, load_yaml
 from dream_trainer.errors import ConfigError
 
@@ -36,6 +37,7 @@ class ConfigParser:
     """
 
     def __init__(self, config_class: type, prog: str) -> None:
+        register_value_types()
         set_parsing_settings(
             docstring_parse_attribute_docstrings=True,
             # Loggers and strategies are annotated with Any, and named by class path all the same.

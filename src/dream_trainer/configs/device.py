@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from dream_trainer.configs.numbers import is_count, is_number
+from dream_trainer.configs.numbers import is_count
+from dream_trainer.configs.quantities import Duration, DurationField, convert_durations
 from dream_trainer.errors import ConfigError
 
 Size = int | Literal["auto"]
@@ -22,6 +23,7 @@ PRECISIONS = (
     "transformer-engine",
     "transformer-engine-float16",
 )
+_TIMEOUT, _FAILURE_TIMEOUT = Duration("10m"), Duration("20s")
 _SIZES = ("dp_replicate", "dp_shard", "tensor_parallel")
 
 
@@ -60,11 +62,11 @@ class DeviceParameters:
     """Recompute activations in backward (the policy ``apply_activation_checkpointing``)."""
     cpu_offload: bool = False
     """Keep sharded parameters and optimizer state in CPU memory; needs ``dp_shard``."""
-    timeout_seconds: float = 600.0
-    """How long a collective waits for the other ranks, in seconds, before it fails."""
-    failure_timeout_seconds: float = 20.0
-    """Seconds without a sign of life after which a rank counts as failed; a few seconds later
-    all ranks have ended. Raise it if a rank can be busy in one call of Python for longer."""
+    timeout_seconds: DurationField = _TIMEOUT  # type: ignore[assignment]
+    """How long a collective waits for the other ranks before it fails: ``10m``, or seconds."""
+    failure_timeout_seconds: DurationField = _FAILURE_TIMEOUT  # type: ignore[assignment]
+    """How long without a sign of life until a rank counts as failed: ``20s``, or seconds. Shortly
+    after that all ranks have ended. Raise it if one call of Python can keep a rank busy longer."""
 
     def __post_init__(self) -> None:
         problems = [
@@ -84,13 +86,10 @@ class DeviceParameters:
                 f"devices={self.devices!r} is neither a number above 0, nor a list of different "
                 "numbers, nor 'auto'"
             )
-        if not (is_number(self.timeout_seconds) and self.timeout_seconds > 0):
-            problems.append(f"timeout_seconds={self.timeout_seconds!r} is not a number above 0")
-        if not (is_number(self.failure_timeout_seconds) and self.failure_timeout_seconds >= 2):
-            problems.append(
-                f"failure_timeout_seconds={self.failure_timeout_seconds!r} is not a number of 2 "
-                "or more"
-            )
+        problems += convert_durations(self, "timeout_seconds", "failure_timeout_seconds")
+        shortest = self.failure_timeout_seconds
+        if isinstance(shortest, Duration) and 0 < shortest < 2:
+            problems.append(f"failure_timeout_seconds={shortest} is not 2 seconds or more")
         others = self.dp_shard != 1 or self.tensor_parallel != 1
         if self.strategy is not None and (others or self.dp_replicate not in ("auto", 1)):
             problems.append(

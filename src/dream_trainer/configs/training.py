@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import signal
+import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dream_trainer.configs.numbers import is_count, not_above_zero
+from dream_trainer.configs.numbers import is_count, not_a_share, not_above_zero, share_of
+from dream_trainer.configs.quantities import OptionalDurationField, convert_durations
 from dream_trainer.errors import ConfigError
 
 _COUNTS = (
     "n_epochs",
     "max_steps",
-    "train_steps_per_epoch",
     "gradient_accumulation_steps",
     "global_batch_size",
     "val_every_n_epochs",
     "val_every_n_steps",
-    "val_steps_per_epoch",
 )
+#: What a whole number counts; a fraction is of all of them in an epoch.
+_SHARES = {
+    "train_steps_per_epoch": "steps",
+    "val_steps_per_epoch": "batches",
+    "overfit_batches": "batches",
+}
 
 
 @dataclass(kw_only=True)
@@ -36,10 +43,14 @@ class TrainingParameters:
     """Epochs to train. Of the three limits the first reached ends the run."""
     max_steps: int | None = None
     """Optimizer steps to train, over all epochs and restarts."""
-    max_time: float | None = None
-    """Seconds to train, over all restarts (time between runs not counted)."""
-    train_steps_per_epoch: int | None = None
-    """Optimizer steps after which an epoch ends, even if the loader has more batches."""
+    max_time: OptionalDurationField = None  # type: ignore[assignment]
+    """Time to train, ``30m`` or seconds, over all restarts (time between runs not counted)."""
+    train_steps_per_epoch: int | float | None = None
+    """Optimizer steps after which an epoch ends, even if the loader has more batches: 1 is one
+    step, 0.25 a quarter of those that the loader gives, 1.0 all of them."""
+    overfit_batches: int | float | None = None
+    """Train on the first batches of the loader alone, the same ones in the same order in every
+    epoch: 1 is one batch on each rank, 0.01 a hundredth of the loader. None is all of it."""
     gradient_accumulation_steps: int = 1
     """Batches per optimizer step. A window never crosses the end of an epoch."""
     global_batch_size: int | None = None
@@ -53,8 +64,8 @@ class TrainingParameters:
     """Validate after every n-th epoch."""
     val_every_n_steps: int | None = None
     """Validate after every n-th optimizer step."""
-    val_steps_per_epoch: int | None = None
-    """Batches of one validation; None is the whole loader."""
+    val_steps_per_epoch: int | float | None = None
+    """Batches of one validation: 1 is one batch, 0.25 a quarter of the loader, 1.0 or None all."""
     num_sanity_val_steps: int = 0
     """Validation batches run before training, to find mistakes early; results are dropped."""
     on_nonfinite: Literal["raise"] = "raise"
@@ -63,9 +74,9 @@ class TrainingParameters:
     """Ask torch for deterministic kernels; ops that have none raise."""
     preemption_signals: list[str] = field(default_factory=lambda: ["SIGTERM", "SIGUSR1"])
     """Signals by which a scheduler ends the run: it saves and exits with status 143."""
-    grace_seconds: float | None = None
-    """Seconds from such a signal to the end of the process, finished or not; None is no limit.
-    Set it a little below the time after which the scheduler kills."""
+    grace_seconds: OptionalDurationField = None  # type: ignore[assignment]
+    """Time from such a signal to the end of the process, finished or not, ``90s`` or seconds;
+    None is no limit. Set it a little below the time after which the scheduler kills."""
     detect_anomaly: bool = False
     """Name the forward op behind a NaN in backward. Slow."""
 
@@ -80,8 +91,10 @@ class TrainingParameters:
             problems.append(
                 f"num_sanity_val_steps={self.num_sanity_val_steps!r} is not a whole number from 0"
             )
-        for name in ("max_time", "gradient_clip_val", "grace_seconds"):
-            problems += not_above_zero(name, getattr(self, name))
+        for name, unit in _SHARES.items():
+            problems += not_a_share(name, getattr(self, name), unit)
+        problems += convert_durations(self, "max_time", "grace_seconds", may_be_none=True)
+        problems += not_above_zero("gradient_clip_val", self.gradient_clip_val)
         names = self.preemption_signals
         if isinstance(names, str):
             problems.append(f"preemption_signals={names!r} is not a list of names")
@@ -104,7 +117,57 @@ class TrainingParameters:
     @property
     def is_limited(self) -> bool:
         """Whether anything ends the run."""
-        return not (self.n_epochs is self.max_steps is self.max_time is None)
+        return (self.n_epochs, self.max_steps, self.max_time) != (None, None, None)
+
+    def step_limit(self, num_batches: int | None, batches_per_step: int) -> int | None:
+        """Optimizer steps after which an epoch ends; None if only the loader ends it.
+
+        Args:
+            num_batches: batches that the train loader has in the epoch; None if it cannot tell.
+            batches_per_step: as `accumulation` says.
+
+        Raises:
+            ConfigError: a fraction of an epoch whose length is not known.
+        """
+        steps = None if num_batches is None else math.ceil(num_batches / batches_per_step)
+        return self._share("train_steps_per_epoch", steps, "train")
+
+    def val_batch_limit(self, num_batches: int | None) -> int | None:
+        """Batches of a validation; None for all of them.
+
+        Args:
+            num_batches: batches that the validation loader has; None if it cannot tell.
+
+        Raises:
+            ConfigError: a fraction of a validation whose length is not known.
+        """
+        return self._share("val_steps_per_epoch", num_batches, "validation")
+
+    def overfit_limit(self, num_batches: int | None) -> int | None:
+        """Batches that every epoch repeats; None if epochs differ.
+
+        Args:
+            num_batches: batches that the train loader has; None if it cannot tell.
+
+        Raises:
+            ConfigError: a fraction of an epoch whose length is not known.
+        """
+        if self.overfit_batches == 1.0 and isinstance(self.overfit_batches, float):
+            return num_batches or sys.maxsize  # all of the first epoch, again and again
+        return self._share("overfit_batches", num_batches, "train")
+
+    def _share(self, name: str, length: int | None, loader: str) -> int | None:
+        try:
+            return share_of(getattr(self, name), length)
+        except ValueError:
+            raise ConfigError(
+                "training_parameters",
+                [
+                    f"{name}={getattr(self, name)!r} is a fraction of an epoch, and the {loader} "
+                    "loader cannot tell how long that is"
+                ],
+                f"Give a whole number of {_SHARES[name]}, or use a map-style data set.",
+            ) from None
 
     def accumulation(self, batch_size: int | None, dp_size: int) -> int:
         """Batches per optimizer step on each rank.

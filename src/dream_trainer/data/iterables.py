@@ -55,7 +55,8 @@ class IterableReader(Reader):
         self._place = place
 
     def num_batches(self, epoch: int) -> int | None:
-        return self.length(epoch)
+        length, first = self.length(epoch), self._place.first_batches
+        return length if length is None or first is None else min(length, first)
 
     def length(self, epoch: int) -> int | None:
         return len(self._loader) if self._is_sequence else None
@@ -113,6 +114,9 @@ class IterableReader(Reader):
     def read(
         self, epoch: int, position: int, *, looks_ahead: bool
     ) -> Generator[HandedOut, None, None]:
+        first = self._place.first_batches
+        if first is not None and position >= first:
+            return
         iterator = self._open(epoch, position)
         peeks = looks_ahead and not self._is_sequence
         nothing = object()
@@ -127,7 +131,9 @@ class IterableReader(Reader):
             while item is not nothing:
                 position += 1
                 following, is_last = nothing, None
-                if self._is_sequence:
+                if position == first:
+                    is_last, self._before_peek = True, None
+                elif self._is_sequence:
                     is_last = position == len(self._loader)
                 elif peeks:
                     if self._has_state:
@@ -137,6 +143,8 @@ class IterableReader(Reader):
                     following = fetch()
                     is_last = following is nothing
                 yield HandedOut(item, 1, None, None, is_last)
+                if position == first:
+                    return
                 item = following if peeks else fetch()
         finally:
             if not self._has_state:

@@ -70,6 +70,7 @@ class ResumableLoader:
         self._seed = seed
         self._place = Place(seed=seed or 0)
         self._position = 0
+        self._repeats = False
         self._reader: Reader = (
             MapStyleReader(loader, seed_samples=seed_samples)
             if is_map_style
@@ -105,9 +106,25 @@ class ResumableLoader:
         """
         self._seed = seed if self._seed is None else self._seed
         self.looks_ahead = looks_ahead
-        self._place = Place(self._seed, rank, size, samples_per_step, any_rank)
+        first = self._place.first_batches
+        self._place = Place(self._seed, rank, size, samples_per_step, any_rank, first)
         self._reader.attach(self._place)
         return self
+
+    def repeat_first(self, num_batches: int | None) -> None:
+        """Make every epoch the first batches of epoch 0: the same samples, order and draws.
+
+        Call it before the loader is read. A loader with ``state_dict`` goes back to the state that
+        it has now.
+
+        Args:
+            num_batches: on each rank; None lets the epochs be themselves again.
+        """
+        self._repeats = num_batches is not None
+        self._place = replace(self._place, first_batches=num_batches)
+        self._reader.attach(self._place)
+        if self._repeats:
+            self._reader.rewind()
 
     @property
     def batch_size(self) -> int | None:
@@ -125,7 +142,7 @@ class ResumableLoader:
     @property
     def num_batches(self) -> int | None:
         """Batches of a whole epoch on this rank; None if the loader cannot tell."""
-        return self._reader.num_batches(self.epoch)
+        return self._reader.num_batches(self._read_as(self.epoch))
 
     @property
     def length(self) -> int | None:
@@ -133,12 +150,12 @@ class ResumableLoader:
 
         Samples over all ranks if map-style, batches of this rank otherwise.
         """
-        return self._reader.length(self.epoch)
+        return self._reader.length(self._read_as(self.epoch))
 
     @property
     def order_checksum(self) -> int | None:
         """A checksum of the order that a sampler of a user's gave; differs if ranks disagree."""
-        return self._reader.checksum(self.epoch)
+        return self._reader.checksum(self._read_as(self.epoch))
 
     def __len__(self) -> int:
         if self.num_batches is None:
@@ -171,12 +188,13 @@ class ResumableLoader:
 
         None if the loader cannot tell.
         """
-        return self._reader.num_samples_ahead(self.epoch, self._position, num_batches)
+        epoch = self._read_as(self.epoch)
+        return self._reader.num_samples_ahead(epoch, self._position, num_batches)
 
     def __iter__(self) -> Generator[Any, None, None]:
-        reader = self._reader
+        reader, epoch = self._reader, self._read_as(self.epoch)
         with closing(
-            reader.read(self.epoch, self._position, looks_ahead=self.looks_ahead)
+            reader.read(epoch, self._position, looks_ahead=self.looks_ahead)
         ) as handed_out:
             for one in handed_out:
                 self._position += one.advance
@@ -228,7 +246,9 @@ class ResumableLoader:
             self._reader.attach(self._place)
         self._start_epoch(state_dict["epoch"])
         self._position = state_dict["position"]
-        self._reader.load(state_dict)
+        if not self._repeats or self._position:
+            # An epoch that repeats begins where the first did, not where the one before it ended.
+            self._reader.load(state_dict)
 
     def _problems_of_kind(self, state: Mapping[str, Any]) -> list[str]:
         unit = self._reader.unit
@@ -243,7 +263,7 @@ class ResumableLoader:
         found = {}
         if None not in (self._seed, state["seed"]) and self._seed != state["seed"]:
             found["seed"] = f"seed {state['seed']} in the state, {self._seed} here"
-        then, length = state.get("length"), self._reader.length(state["epoch"])
+        then, length = state.get("length"), self._reader.length(self._read_as(state["epoch"]))
         if None not in (then, length) and then != length:
             found["dataset_length"] = f"{then} {self._reader.unit} in the state, {length} here"
         return found
@@ -251,6 +271,12 @@ class ResumableLoader:
     def _start_epoch(self, epoch: int) -> None:
         self._reader.start_epoch()
         self.epoch, self._position = epoch, 0
+        if self._repeats:
+            self._reader.rewind()
+
+    def _read_as(self, epoch: int) -> int:
+        """The epoch whose order and draws an epoch has."""
+        return 0 if self._repeats else epoch
 
 
 _MEANING = {

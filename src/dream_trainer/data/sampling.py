@@ -28,6 +28,8 @@ class Place:
     """With it, ``drop_last`` drops what does not fill an optimizer step, on any ranks alike."""
     any_rank: Callable[[bool], bool] = bool
     """Collective that tells whether a flag holds on any rank."""
+    first_batches: int | None = None
+    """Batches after which an epoch ends on every rank, if it does not end earlier."""
 
 
 @dataclass(frozen=True)
@@ -116,9 +118,10 @@ class SamplingPlan:
     def _end(self, epoch: int) -> int:
         """Units of an epoch that are used, if no batch is dropped for want of samples."""
         units, step = self.order.length(epoch), self._place.samples_per_step
-        if not self._drops or step is None:
-            return units
-        return units - units % step
+        if self._drops and step is not None:
+            units -= units % step
+        first = self._place.first_batches
+        return units if first is None else min(units, first * self._units_per_batch)
 
     def _share(self, units: Sequence[Any]) -> Share:
         # As even as possible: only the last batch of an epoch can be uneven.

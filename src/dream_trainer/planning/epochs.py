@@ -46,6 +46,8 @@ class StepPlan:
     """Batches of the last step of an epoch, where they are fewer than ``accumulation``."""
     total: int | None
     """Steps of the run; ``max_time`` may end it earlier."""
+    val_batches: int | None = None
+    """Batches of one validation on each rank, where ``val_steps_per_epoch`` limits them."""
 
 
 def plan_loader(loader: ResumableLoader, dp_size: int) -> LoaderPlan:
@@ -69,10 +71,12 @@ def plan_steps(loader: ResumableLoader, parameters: TrainingParameters, dp_size:
     """Steps of a run with a loader that is attached to rank 0 of ``dp_size``.
 
     Raises:
-        ConfigError: ``global_batch_size`` cannot be made of whole batches.
+        ConfigError: ``global_batch_size`` cannot be made of whole batches, or
+            ``train_steps_per_epoch`` is a fraction of an unknown length.
     """
     batch_size, batches = loader.batch_size, loader.num_batches
     size = parameters.accumulation(batch_size, dp_size)
+    parameters.step_limit(batches, size)  # reported here: what is not known is left out below
     one_epoch = replace(parameters, n_epochs=1, max_steps=None)
     all_batches = replace(one_epoch, train_steps_per_epoch=None)
     per_epoch = _known(lambda: count_training_steps(loader, one_epoch, dp_size))

@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -237,6 +238,9 @@ class _Planner:
                     steps = plan_steps(adopted, parameters, dp_size)
                     if (problem := too_few_samples(name, plan, dp_size)) is not None:
                         self.problems.append(problem)
+                else:
+                    limit = parameters.val_batch_limit(plan.batches)
+                    steps = replace(steps, val_batches=limit and min(limit, plan.batches or limit))
         return plans.get("train_dataloader"), plans.get("val_dataloader"), steps
 
 

@@ -124,6 +124,8 @@ def _data(plan: RunPlan) -> Table:
     row("data-parallel ranks", *[plan.layout.dp_size] * len(loaders))
     row("samples per batch on a rank", *of("batch_size"))
     row("batches of an epoch on each rank", *of("batches"))
+    if steps.val_batches is not None:
+        table.add_row("  of them in one validation", "", f"{steps.val_batches:,}")
     row("samples of the last batch, all ranks", *of("last_batch_samples"))
     if any(of("idle_ranks")):
         row("  ranks without a sample in it", *of("idle_ranks"))

@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -43,6 +43,7 @@ from dream_trainer.trainer.components import (
 )
 from dream_trainer.trainer.loaders import adopt_loader, count_training_steps
 from dream_trainer.trainer.metric_phases import MetricPhases
+from dream_trainer.trainer.presets import Preset, debug, overfit
 from dream_trainer.trainer.ranks_elsewhere import bring_back, run_on_ranks
 from dream_trainer.trainer.restore import lock_run_directory, open_run_directory, restore
 from dream_trainer.trainer.run_directory import (
@@ -137,6 +138,9 @@ class BaseTrainer(AbstractTrainer):
     """
 
     config: BaseTrainerConfig
+    presets: ClassVar[Mapping[str, Preset | None]] = {"debug": debug, "overfit": overfit}
+    """Functions from configuration to configuration by name, beside the inherited ones; None
+    takes an inherited one away."""
 
     def __init__(self, config: BaseTrainerConfig, *, fabric: Fabric | None = None) -> None:
         super().__init__(config, fabric=fabric)

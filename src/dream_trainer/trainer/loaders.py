@@ -30,7 +30,7 @@ def adopt_loader(
         world: the ranks.
         seed: fixes order and draws.
         parameters: with a ``global_batch_size``, ``drop_last`` of the train loader drops what
-            does not fill a step.
+            does not fill a step; with ``overfit_batches``, its first ones are repeated.
         in_use: the trainer's other loaders by name; this one is added.
 
     Raises:
@@ -38,9 +38,8 @@ def adopt_loader(
             validate with, or it is in use already.
     """
     adopted = loader if isinstance(loader, ResumableLoader) else ResumableLoader(loader)
-    samples_per_step = None
-    if parameters is not None and name == "train_dataloader":
-        samples_per_step = parameters.global_batch_size
+    of_training = parameters if name == "train_dataloader" else None
+    samples_per_step = None if of_training is None else of_training.global_batch_size
     _reserve(adopted, name, in_use if in_use is not None else {})
     adopted.attach(
         seed=seed,
@@ -49,6 +48,9 @@ def adopt_loader(
         any_rank=world.any if world.size > 1 else bool,
         samples_per_step=samples_per_step,
     )
+    if of_training is not None and of_training.overfit_batches is not None:
+        adopted.repeat_first(None)  # a fraction is of the whole
+        adopted.repeat_first(of_training.overfit_limit(adopted.num_batches))
     _check_agreement(adopted, name, world)
     if adopted.num_batches == 0 and name in _OF_A_RUN:
         raise ConfigError(
@@ -120,11 +122,14 @@ def count_training_steps(
     """Optimizer steps of a whole run.
 
     Raises:
-        ConfigError: neither ``max_steps`` nor ``n_epochs`` and a loader of known length say.
+        ConfigError: neither ``max_steps`` nor ``n_epochs`` and a loader of known length say, or
+            ``train_steps_per_epoch`` is a fraction of an unknown length.
     """
-    per_epoch = parameters.train_steps_per_epoch
-    if (batches := loader.num_batches) is not None:
-        in_loader = math.ceil(batches / parameters.accumulation(loader.batch_size, dp_size))
+    batches = loader.num_batches
+    size = 1 if batches is None else parameters.accumulation(loader.batch_size, dp_size)
+    per_epoch = parameters.step_limit(batches, size)
+    if batches is not None:
+        in_loader = math.ceil(batches / size)
         per_epoch = min(per_epoch or in_loader, in_loader)
     by_epochs = per_epoch * parameters.n_epochs if per_epoch and parameters.n_epochs else None
     known = [steps for steps in (by_epochs, parameters.max_steps) if steps is not None]
