@@ -11,7 +11,7 @@ _SECONDS = {"w": 604800.0, "d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms":
 _PART = r"(\d+(?:\.\d+)?)({})".format("|".join(sorted(_SECONDS, key=len, reverse=True)))
 _PARTS = re.compile(rf"(?:{_PART}\s*)+")
 _CLOCK = re.compile(r"(?:(\d+)[-:](?=\d+:\d+:))?(\d+):([0-5]?\d):([0-5]?\d(?:\.\d+)?)")
-_BYTES = {
+_BYTES: dict[str, int] = {
     f"{prefix}{unit}".lower(): base**power
     for power, prefix in enumerate(("", "k", "m", "g", "t", "p"))
     for unit, base in (("b", 1000), ("ib", 1024))
