@@ -18,6 +18,8 @@ from dream_trainer.cli.value_types import register_value_types
 from dream_trainer.configs import Duration, Size
 from dream_trainer.configs.yaml_text import load_yaml
 from dream_trainer.errors import ConfigError
+from dream_trainer.trainer import BaseTrainerConfig
+from dream_trainer.trainer.run_directory import config_yaml
 
 
 @dataclass(kw_only=True)
@@ -169,6 +171,29 @@ def test_a_parsed_timedelta_is_one_and_keeps_its_text_when_it_is_copied() -> Non
         assert one == timedelta(seconds=90)
         parser = ConfigParser(Values, "test")
         assert "delta: 90s\n" in parser.dump(parser.parse([]), {"delta": one})
+
+
+def test_the_parameters_of_a_run_take_and_print_them(tmp_path: Path) -> None:
+    parser = ConfigParser(BaseTrainerConfig, "test")
+    path = tmp_path / "run.yaml"
+    path.write_text("device_parameters:\n  timeout_seconds: 1:30:00\n")
+    options = ["--training_parameters.max_time=30m", "--training_parameters.grace_seconds=25",
+               "--training_parameters.train_steps_per_epoch=1.0",
+               "--training_parameters.val_steps_per_epoch=1"]  # fmt: skip
+    namespace = parser.parse(["--config", str(path), *options])
+    config = parser.instantiate(namespace)
+    training, device = config.training_parameters, config.device_parameters
+    assert (training.max_time, training.grace_seconds, device.timeout_seconds) == (1800, 25, 5400)
+    for text in (parser.dump(namespace, {}), config_yaml(config)):
+        printed = load_yaml(text)
+        assert {
+            "max_time": "30m", "grace_seconds": 25, "train_steps_per_epoch": 1.0,
+            "val_steps_per_epoch": 1,
+        }.items() <= printed["training_parameters"].items()  # fmt: skip
+        assert "train_steps_per_epoch: 1.0\n" in text
+        assert "val_steps_per_epoch: 1\n" in text
+        assert printed["device_parameters"]["timeout_seconds"] == "1:30:00"
+        assert printed["device_parameters"]["failure_timeout_seconds"] == "20s"
 
 
 def test_registering_twice_changes_nothing() -> None:
