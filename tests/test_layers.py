@@ -25,7 +25,7 @@ LAYERS = (
     ("world",),
     ("storage",),
     ("configs", "progress", "accumulation", "metrics", "randomness"),
-    ("errors",),
+    ("errors", "lazy_names"),
 )
 TRAINERS = ("trainer.dream", "trainer.base")
 #: Doors: they only re-export what lies behind them.
