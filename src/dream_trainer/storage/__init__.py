@@ -8,7 +8,15 @@ if TYPE_CHECKING:
     from dream_trainer.storage.aside import free_name, move_aside
     from dream_trainer.storage.atomic import atomic_file, write_text
     from dream_trainer.storage.collective import Ranks
-    from dream_trainer.storage.dcp import Like, flatten, read_outline, read_parts, read_tree
+    from dream_trainer.storage.dcp import (
+        Like,
+        flatten,
+        read_outline,
+        read_outlines,
+        read_parts,
+        read_tensors,
+        read_tree,
+    )
     from dream_trainer.storage.directory import save_directory
     from dream_trainer.storage.manifest import FORMAT_VERSION, Manifest
     from dream_trainer.storage.staging import StagedState, StagingBuffers, address
@@ -19,7 +27,7 @@ __getattr__, __dir__ = lazy_names(
     {
         "atomic": "atomic_file write_text",
         "collective": "Ranks",
-        "dcp": "Like flatten read_outline read_parts read_tree",
+        "dcp": "Like flatten read_outline read_outlines read_parts read_tensors read_tree",
         "aside": "free_name move_aside",
         "directory": "save_directory",
         "manifest": "FORMAT_VERSION Manifest",
@@ -45,7 +53,9 @@ __all__ = [
     "join",
     "move_aside",
     "read_outline",
+    "read_outlines",
     "read_parts",
+    "read_tensors",
     "read_tree",
     "save_directory",
     "split",
