@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1] / "src" / PACKAGE
 #: From top to bottom. A module imports from lower layers, or from its own name's family.
 LAYERS = (
     ("cli",),
-    ("planning", "verification"),
+    ("planning", "reporting", "verification"),
     ("trainer.dream",),
     ("trainer.base",),
     ("trainer.abstract",),  # and every other part that the trainers are made of

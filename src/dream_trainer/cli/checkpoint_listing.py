@@ -15,7 +15,7 @@ from dream_trainer.cli.tables import counted, moment, number, print_heading, pri
 from dream_trainer.errors import ConfigError
 from dream_trainer.storage.sizes import size
 
-_NUMBERS = ("Step", "Epoch", "Size", "Ranks")
+_NUMBERS = ("Epoch", "Size", "Ranks")
 
 
 def ls(given: argparse.Namespace) -> None:
@@ -32,18 +32,18 @@ def ls(given: argparse.Namespace) -> None:
     for index, run in enumerate(runs):
         if index:
             print()
-        print_run(run, run.checkpoints())
+        print_heading(str(run.directory))
+        print_checkpoints(run, run.checkpoints())
 
 
-def print_run(run: RunFolder, listed: Sequence[ListedCheckpoint]) -> None:
-    """Print the checkpoints of a run, with its directory above them."""
-    print_heading(str(run.directory))
+def print_checkpoints(run: RunFolder, listed: Sequence[ListedCheckpoint]) -> None:
+    """Print the checkpoints of a run."""
     if listed:
         monitors = dict.fromkeys(
             one.manifest.monitor for one in listed if one.manifest and one.manifest.monitor
         )
         monitored = " or ".join(monitors) or "Monitored"
-        columns = ("Checkpoint", *_NUMBERS, "Saved at (UTC)", monitored, "Kept as", "State")
+        columns = ("Checkpoint", *_NUMBERS, "Saved (UTC)", monitored, "Kept as", "State")
         rows = [_row(one) for one in listed]
         print_table(columns, rows, (*_NUMBERS, monitored))
     total = sum(one.manifest.num_bytes for one in listed if one.manifest)
@@ -56,10 +56,9 @@ def _row(one: ListedCheckpoint) -> tuple[str, ...]:
     state = "whole" if one.is_whole else f"damaged: {'; '.join(one.problems)}"
     found = one.manifest
     if found is None:
-        return (one.path.name, str(one.step), "-", "-", "-", "-", "-", "", state)
+        return (one.path.name, "-", "-", "-", "-", "-", "", state)
     return (
         one.path.name,
-        str(found.step),
         str(found.epoch),
         size(found.num_bytes),
         str(found.world_size),

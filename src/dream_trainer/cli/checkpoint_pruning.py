@@ -53,7 +53,7 @@ def _print_plan(plan: Pruning) -> None:
             )
             for one in plan.doomed
         ]
-        columns = ("Would go", "Step", "Size", "Saved at (UTC)", "Monitored")
+        columns = ("Would go", "Step", "Size", "Saved (UTC)", "Monitored")
         print_table(columns, rows, ("Step", "Size", "Monitored"))
     print(f"would delete {_in_all(plan.doomed)}")
 

@@ -58,7 +58,10 @@ def _print_rich(columns: Sequence[str], rows: Rows, right: Sequence[str]) -> Non
     for row in rows:
         # As text: a name in brackets is no markup.
         table.add_row(*map(Text, row))
-    Console().print(table)
+    console = Console()
+    # Too long a line is left to the terminal: names cut in two cannot be copied.
+    console.width = max(console.width, console.measure(table).maximum)
+    console.print(table)
 
 
 def _aligned(columns: Sequence[str], rows: Rows, right: Sequence[str]) -> list[str]:
