@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -159,6 +160,21 @@ def test_ls_without_a_configuration_knows_the_best_one_from_its_link(
     best = (run / "checkpoints" / "best").readlink().name
     rows = told(capsys, "ls", run / "checkpoints")
     assert [Path(r["path"]).name for r in rows if "best" in r["kinds"]] == [best]
+
+
+@pytest.mark.parametrize("words", [("ls",), ("show",), ("diff", "{}")], ids=lambda words: words[0])
+def test_a_narrow_terminal_cuts_no_name(
+    original: Path, words: tuple[str, ...], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setenv("TERM", "xterm")
+    command, *others = words
+    call(command, original, *(at(original, 9) for _ in others))
+    plain = capsys.readouterr().out.split()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    call(command, original, *(at(original, 9) for _ in others))
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).split()
+    assert shown == plain
 
 
 # ---------------------------------------------------------------------- wrong words
@@ -420,6 +436,9 @@ def test_the_parts_of_all_ranks_are_shown_and_compared(tmp_path: Path, capsys: C
     one, other = checkpoint("one", 2.0), checkpoint("other", 5.0)
     names = [part["name"] for part in told(capsys, "show", one)["contents"]["parts"]]
     assert names == ["models", "rank 0", "rank 1"]
+    assert call("show", one) == 0
+    last = capsys.readouterr().out.splitlines()[-2].split()
+    assert last == ["rank", "1", "not", "listed", "1", "4", "B"]
     parts = told(capsys, "diff", one, other)["state"]["parts"]
     differing = {part["part"]: part["largest"] for part in parts if part["num_differing"]}
     assert differing == {"rank 1: rng": 3.0}

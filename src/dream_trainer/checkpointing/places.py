@@ -101,15 +101,16 @@ def _run_at(place: Path) -> RunFolder | None:
 
 
 def _runs_below(place: Path) -> Iterator[RunFolder]:
-    if not place.is_dir():
+    try:
+        with os.scandir(place) as entries:
+            # Links are not followed: they may lead back up.
+            below = sorted(
+                entry.name
+                for entry in entries
+                if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".")
+            )
+    except OSError:  # a file, or somebody else's directory
         return
-    with os.scandir(place) as entries:
-        # Links are not followed: they may lead back up.
-        below = sorted(
-            entry.name
-            for entry in entries
-            if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".")
-        )
     for name in below:
         run = _run_at(place / name)
         if run is None:

@@ -31,6 +31,29 @@ class Pruning:
         return sum(one.manifest.num_bytes for one in self.doomed)
 
 
+@contextlib.contextmanager
+def nobody_trains(directory: Path) -> Iterator[None]:
+    """Keep training processes out of a run's directory for a while.
+
+    Raises:
+        ConfigError: one is there.
+    """
+    if not any((directory / name).exists() for name in (".lock", "config.yaml")):
+        yield  # a loop of the user's own, which takes no lock
+        return
+    lock = RunLock(directory)
+    try:
+        lock.acquire()
+    except ConfigError as error:
+        raise ConfigError(
+            str(directory), error.problems, "Wait for it, or stop it. Nothing was deleted."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def plan_pruning(run: RunFolder, rules: CheckpointParameters) -> Pruning:
     """Find out what would be deleted. Nothing is.
 
@@ -57,24 +80,24 @@ def plan_pruning(run: RunFolder, rules: CheckpointParameters) -> Pruning:
     )
 
 
-def prune(run: RunFolder, rules: CheckpointParameters) -> Iterator[StoredCheckpoint]:
-    """Delete what the rules do not keep, one after the other, each given once it is gone.
+def carry_out(
+    plan: Pruning, run: RunFolder, rules: CheckpointParameters
+) -> Iterator[StoredCheckpoint]:
+    """Delete what is to be deleted, one after the other, each given once it is gone.
 
     Raises:
-        ConfigError: a process is training there.
-        CheckpointError: no checkpoint is whole, or one cannot be deleted.
+        CheckpointError: one cannot be deleted.
     """
-    with _nobody_trains(run.directory):
-        for one in plan_pruning(run, rules).doomed:
-            try:
-                run.store.delete([one.path])
-            except OSError as error:
-                raise CheckpointError(
-                    str(one.path), [f"cannot be deleted: {error}"], "Check whose it is."
-                ) from error
-            yield one
-        if rules.monitor is not None:
-            run.store.link(rules)  # the best one may be gone
+    for one in plan.doomed:
+        try:
+            run.store.delete([one.path])
+        except OSError as error:
+            raise CheckpointError(
+                str(one.path), [f"cannot be deleted: {error}"], "Check whose it is."
+            ) from error
+        yield one
+    if rules.monitor is not None:
+        run.store.link(rules)  # the best one may be gone
 
 
 def _best_by_link(run: RunFolder, rules: CheckpointParameters) -> set[Path]:
@@ -83,21 +106,3 @@ def _best_by_link(run: RunFolder, rules: CheckpointParameters) -> set[Path]:
     if rules.monitor is not None or not link.is_symlink():
         return set()
     return {link.parent / link.readlink()}
-
-
-@contextlib.contextmanager
-def _nobody_trains(directory: Path) -> Iterator[None]:
-    if not any((directory / name).exists() for name in (".lock", "config.yaml")):
-        yield  # a loop of the user's own, which takes no lock
-        return
-    lock = RunLock(directory)
-    try:
-        lock.acquire()
-    except ConfigError as error:
-        raise ConfigError(
-            str(directory), error.problems, "Wait for it, or stop it. Nothing was deleted."
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()

@@ -44,7 +44,10 @@ def show(given: argparse.Namespace) -> None:
         print(json.dumps(about, indent=2))
         return
     _print_manifest(found, found.manifest)
-    rows = [row for part in inside.parts for row in _rows(part, 0, given.depth)]
+    shown, others = _shown(inside.parts)
+    rows = [row for part in shown for row in _rows(part, 0, given.depth)]
+    if others:
+        rows.append(_sum_of_ranks(others))
     total = ("in all", "", "", f"{inside.num_tensors:,}", size(inside.num_bytes))
     columns = ("Part", "Type", "Shape or value", "Tensors", "Bytes")
     print_table(columns, [*rows, total], ("Tensors", "Bytes"))
@@ -62,6 +65,18 @@ def _print_manifest(found: ListedCheckpoint, manifest: Manifest) -> None:
         print(", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
     files = f"{counted(len(manifest.files), 'file')}, {size(manifest.num_bytes)}"
     print(f"{files}: {'; '.join(found.problems) or 'whole by their sizes'}\n")
+
+
+def _shown(parts: Sequence[Part]) -> tuple[list[Part], list[Part]]:
+    """What is shown, and the parts of all ranks but the first."""
+    ranks = [part for part in parts if part.name.startswith("rank ")]
+    return [part for part in parts if part not in ranks[1:]], ranks[1:]
+
+
+def _sum_of_ranks(ranks: Sequence[Part]) -> tuple[str, ...]:
+    names = ranks[0].name if len(ranks) == 1 else f"{ranks[0].name} to {ranks[-1].name[5:]}"
+    tensors = sum(one.num_tensors for one in ranks)
+    return names, "", "not listed", f"{tensors:,}", size(sum(one.num_bytes for one in ranks))
 
 
 def _rows(part: Part, level: int, depth: int | None) -> Iterator[tuple[str, ...]]:

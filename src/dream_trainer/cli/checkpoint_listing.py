@@ -91,6 +91,9 @@ def verify(given: argparse.Namespace) -> int:
             problems = one.problems
             if one.manifest is not None:
                 problems = one.manifest.problems(one.path, advance=advance)
+            if problems and not one.path.exists():
+                print(f"{one.path}: deleted meanwhile, by its run")
+                continue
             (damaged if problems else whole).append((run, one))
             print(f"{one.path}: {'damaged' if problems else 'whole'}")
             for problem in problems:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,7 @@ from pathlib import Path
 from dream_trainer.checkpointing import StoredCheckpoint
 from dream_trainer.checkpointing.inventory import RunFolder, stored
 from dream_trainer.checkpointing.places import find_runs
-from dream_trainer.checkpointing.pruning import Pruning, plan_pruning
-from dream_trainer.checkpointing.pruning import prune as delete_superfluous
+from dream_trainer.checkpointing.pruning import Pruning, carry_out, nobody_trains, plan_pruning
 from dream_trainer.cli.tables import counted, moment, number, print_heading, print_table
 from dream_trainer.configs import CheckpointParameters
 from dream_trainer.errors import ConfigError
@@ -23,16 +23,15 @@ def prune(given: argparse.Namespace) -> None:
     run = _run_at(Path(given.run))
     rules = _rules(run, given)
     print_heading(f"{run.directory}: keep {_in_words(rules)}")
-    plan = plan_pruning(run, rules)
     deletes = given.yes and not given.dry_run
-    if not deletes:
-        _print_plan(plan)
-    else:
-        gone = []
-        for one in delete_superfluous(run, rules):
-            print(f"deleted {one.path.name}, {size(one.manifest.num_bytes)}", flush=True)
-            gone.append(one)
-        print(f"deleted {_in_all(gone)}")
+    with nobody_trains(run.directory) if deletes else contextlib.nullcontext():
+        plan = plan_pruning(run, rules)
+        if deletes:
+            for one in carry_out(plan, run, rules):
+                print(f"deleted {one.path.name}, {size(one.manifest.num_bytes)}", flush=True)
+            print(f"deleted {_in_all(plan.doomed)}")
+        else:
+            _print_plan(plan)
     print(f"kept: {', '.join(one.path.name for one in plan.kept)}")
     for damaged in plan.damaged:
         why = "; ".join(damaged.problems) or "a file does not match its checksum"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+_WIDEST = 10_000
+
 #: Rows of cells. A cell that begins with spaces is indented.
 Rows = Sequence[Sequence[str]]
 
@@ -59,8 +61,9 @@ def _print_rich(columns: Sequence[str], rows: Rows, right: Sequence[str]) -> Non
         # As text: a name in brackets is no markup.
         table.add_row(*map(Text, row))
     console = Console()
-    # Too long a line is left to the terminal: names cut in two cannot be copied.
-    console.width = max(console.width, console.measure(table).maximum)
+    # A line that is too long is left to the terminal: a name cut in two cannot be copied.
+    wide = console.options.update(max_width=_WIDEST)
+    console.width = max(console.width, console.measure(table, options=wide).maximum)
     console.print(table)
 
 

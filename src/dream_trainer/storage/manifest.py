@@ -112,12 +112,17 @@ class Manifest:
         problems = []
         for name, expected in self.files.items():
             path = directory / name
-            if not path.is_file():
-                problems.append(f"{name} is missing")
-            elif (size := path.stat().st_size) != expected["bytes"]:
-                problems.append(f"{name} has {size} bytes, the manifest says {expected['bytes']}")
-            elif not sizes_only and _crc32(path, advance) != expected["crc32"]:
-                problems.append(f"{name} does not match its checksum")
+            try:
+                if not path.is_file():
+                    problems.append(f"{name} is missing")
+                elif (size := path.stat().st_size) != expected["bytes"]:
+                    problems.append(
+                        f"{name} has {size} bytes, the manifest says {expected['bytes']}"
+                    )
+                elif not sizes_only and _crc32(path, advance) != expected["crc32"]:
+                    problems.append(f"{name} does not match its checksum")
+            except OSError as error:  # a disk that cannot read it back is damage, too
+                problems.append(f"{name} cannot be read: {error.strerror}")
         return problems
 
 
