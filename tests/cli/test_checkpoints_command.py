@@ -177,6 +177,20 @@ def test_a_narrow_terminal_cuts_no_name(
     assert shown == plain
 
 
+def test_head_may_stop_reading(original: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    if not (child := os.fork()):
+        status = 1
+        try:
+            sys.stdout = os.fdopen(writing, "w")
+            status = call("ls", original)
+        finally:
+            os._exit(status)
+    os.close(writing)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 141
+
+
 # ---------------------------------------------------------------------- wrong words
 
 

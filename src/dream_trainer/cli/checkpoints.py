@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dream_trainer.cli.export import add_export_command, export
+from dream_trainer.cli.tables import until_nobody_reads
 
 _HELP = "list, show, verify, compare, export and prune checkpoints"
 _CHECKPOINT = "a checkpoint, or a run for its newest whole one"
@@ -107,7 +108,9 @@ def checkpoints(given: argparse.Namespace) -> None:
         "prune": checkpoint_pruning.prune,
         "export": _export,
     }
-    if status := run[given.checkpoints_command](given):
+    with until_nobody_reads():
+        status = run[given.checkpoints_command](given)
+    if status:
         raise SystemExit(status)
 
 

@@ -9,7 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dream_trainer.cli.tables import counted, moment, number, print_heading, print_table
+from dream_trainer.cli.tables import (
+    counted,
+    moment,
+    number,
+    print_heading,
+    print_table,
+    until_nobody_reads,
+)
 
 if TYPE_CHECKING:
     from dream_trainer.checkpointing.inventory import RunFolder
@@ -46,13 +53,15 @@ def report(given: argparse.Namespace) -> None:
     runs = [run for place in given.places for run in find_runs(Path(place))]
     reports = [report_run(run) for run in runs]
     if given.json:
-        print(json.dumps([one.as_dict() for one in reports], indent=2, default=str))
+        with until_nobody_reads():
+            print(json.dumps([one.as_dict() for one in reports], indent=2, default=str))
         return
-    for run, one in zip(runs, reports, strict=True):
-        _print_run(run, one)
-        print()
-    if len(reports) > 1:
-        _print_comparison(reports)
+    with until_nobody_reads():
+        for run, one in zip(runs, reports, strict=True):
+            _print_run(run, one)
+            print()
+        if len(reports) > 1:
+            _print_comparison(reports)
 
 
 def _print_run(run: RunFolder, report: RunReport) -> None:

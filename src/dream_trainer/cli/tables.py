@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 _WIDEST = 10_000
+_PIPE_STATUS = 141  # as a shell reports a program that SIGPIPE has ended
 
 #: Rows of cells. A cell that begins with spaces is indented.
 Rows = Sequence[Sequence[str]]
@@ -23,6 +26,18 @@ def print_table(columns: Sequence[str], rows: Rows, right: Sequence[str] = ()) -
         _print_rich(columns, rows, right)
     else:
         print("\n".join(_aligned(columns, rows, right)))
+
+
+@contextlib.contextmanager
+def until_nobody_reads() -> Iterator[None]:
+    """Ends the program quietly once the other end of a pipe, ``head`` say, has read enough."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more as it ends, and would complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(_PIPE_STATUS) from None
 
 
 def print_heading(text: str) -> None:

@@ -112,12 +112,15 @@ class JsonlLog:
         """
         if not self.path.exists():
             return
-        with self.path.open("rb") as file:
+        with self.path.open(encoding="utf-8", newline="\n") as file:
             for line in file:
-                if not line.endswith(b"\n"):
+                if not line.endswith("\n"):
                     return  # half a row: it is being written, or its process was killed
                 row = json.loads(line)
-                yield {k: float(v) if isinstance(v, str) else v for k, v in row.items()}
+                for name, value in row.items():
+                    if type(value) is str:
+                        row[name] = float(value)
+                yield row
 
     def _checksum(self, size: int) -> int:
         with self.path.open("rb") as file:

@@ -39,13 +39,14 @@ class MetricSummary:
     def add(self, value: float, step: int) -> None:
         """Take one more value into account."""
         self.num_values += 1
-        self.last = (value, step)
-        if math.isnan(value):
-            return
-        if self.lowest is None or value < self.lowest[0]:
-            self.lowest = (value, step)
-        if self.highest is None or value > self.highest[0]:
-            self.highest = (value, step)
+        self.last = point = (value, step)
+        if self.lowest is None or self.highest is None:
+            if value == value:
+                self.lowest = self.highest = point
+        elif value < self.lowest[0]:
+            self.lowest = point
+        elif value > self.highest[0]:
+            self.highest = point
 
 
 @dataclass(frozen=True)
@@ -144,11 +145,11 @@ def report_run(run: RunFolder) -> RunReport:
 
 def _add(metrics: dict[str, MetricSummary], row: Mapping[str, float], step: int) -> None:
     for name, value in row.items():
-        if name in _PLACE or not isinstance(value, (int, float)):
+        if name in _PLACE:
             continue
         if name not in metrics:
             metrics[name] = MetricSummary(0, (value, step))
-        metrics[name].add(float(value), step)
+        metrics[name].add(value, step)
 
 
 def _configs(run: RunFolder) -> list[Path]:
