@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1] / "src" / PACKAGE
 #: From top to bottom. A module imports from lower layers, or from its own name's family.
 LAYERS = (
     ("cli",),
-    ("planning", "verification"),
+    ("planning", "reporting", "verification"),
     ("trainer.dream",),
     ("trainer.base",),
     ("trainer.abstract",),  # and every other part that the trainers are made of
@@ -25,7 +25,7 @@ LAYERS = (
     ("world",),
     ("storage",),
     ("configs", "progress", "accumulation", "metrics", "randomness"),
-    ("errors",),
+    ("errors", "lazy_names"),
 )
 TRAINERS = ("trainer.dream", "trainer.base")
 #: Doors: they only re-export what lies behind them.

@@ -131,3 +131,11 @@ def test_any_monitored_value_survives_the_file(
     manifest.write(tmp_path)
     assert Manifest.read(tmp_path) == manifest
     assert Manifest.read(tmp_path).monitored_value == value
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that cannot be read")
+def test_a_file_that_the_disk_does_not_give_back_is_damage(tmp_path: Path) -> None:
+    (tmp_path / "bad").symlink_to("/proc/self/mem")
+    manifest = Manifest(files={"bad": {"bytes": 0, "crc32": 0}}, step=1, epoch=0, world_size=1)
+    with pytest.raises(CheckpointError, match="bad cannot be read: Input/output error"):
+        manifest.verify(tmp_path)

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.may_leave("rng")
 HOLDS = """
 import sys, time
 from pathlib import Path
-from dream_trainer.trainer.run_lock import RunLock
+from dream_trainer.storage.run_lock import RunLock
 lock = RunLock(Path(sys.argv[1]))
 lock.acquire()
 print("held", flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +60,7 @@ class CheckpointStore:
 
     def best(self, mode: str, monitor: str | None = None) -> StoredCheckpoint | None:
         """The one with the best monitored value; the newer of two equal ones."""
-        return next(iter(_ranked(self.list(), mode, monitor)), None)
+        return next(iter(best_first(self.list(), mode, monitor)), None)
 
     def path_for(self, step: int) -> Path:
         """A name for a checkpoint at a step, after all that are there of the same step."""
@@ -76,15 +76,15 @@ class CheckpointStore:
             The deleted paths.
         """
         everything = self.list()
-        stored, ranked = self._link_all(everything, parameters)
-        keep = [*stored[-parameters.keep_last :], *ranked[: parameters.keep_top_k]]
-        if every := parameters.keep_every_n_steps:
-            keep += [one for one in stored if one.manifest.step % every == 0]
-        kept = {one.path for one in keep}
-        deleted = [one.path for one in everything if one.path not in kept]
-        for path in deleted:
-            _delete(path)
+        self._link_all(everything, parameters)
+        deleted = [one.path for one in superfluous(everything, parameters)]
+        self.delete(deleted)
         return deleted
+
+    def delete(self, paths: Iterable[Path]) -> None:
+        """Delete checkpoints."""
+        for path in paths:
+            _delete(path)
 
     def link(self, parameters: CheckpointParameters) -> None:
         """Point the links ``newest`` and ``best`` to those checkpoints."""
@@ -127,15 +127,10 @@ class CheckpointStore:
 
     def _link_all(
         self, everything: Sequence[StoredCheckpoint], parameters: CheckpointParameters
-    ) -> tuple[Sequence[StoredCheckpoint], Sequence[StoredCheckpoint]]:
-        """Set the links; return the newest checkpoint of each step, and the same best first."""
-        stored = list({one.manifest.step: one for one in everything}.values())
-        ranked: Sequence[StoredCheckpoint] = ()
-        if parameters.monitor is not None:
-            ranked = _ranked(stored, parameters.mode, parameters.monitor)
+    ) -> None:
+        stored = _newest_of_each_step(everything)
         self._link("newest", stored[-1:])
-        self._link("best", ranked[:1])
-        return stored, ranked
+        self._link("best", _by_monitor(stored, parameters)[:1])
 
     def _link(self, name: str, target: Sequence[StoredCheckpoint]) -> None:
         """For people and scripts that look for a checkpoint by name. Nothing here reads it."""
@@ -153,15 +148,28 @@ class CheckpointStore:
             beside.replace(link)
 
 
-def _match(path: Path) -> tuple[int, int] | None:
-    match = _NAME.fullmatch(path.name)
-    return (int(match[1]), int(match[2] or 0)) if match and path.is_dir() else None
+def superfluous(
+    everything: Sequence[StoredCheckpoint], parameters: CheckpointParameters
+) -> Sequence[StoredCheckpoint]:
+    """Those that the rules do not keep.
+
+    Args:
+        everything: checkpoints of one run, oldest first.
+        parameters: the rules.
+    """
+    stored = _newest_of_each_step(everything)
+    keep = [*stored[-parameters.keep_last :]]
+    keep += _by_monitor(stored, parameters)[: parameters.keep_top_k]
+    if every := parameters.keep_every_n_steps:
+        keep += [one for one in stored if one.manifest.step % every == 0]
+    kept = {one.path for one in keep}
+    return [one for one in everything if one.path not in kept]
 
 
-def _ranked(
-    stored: list[StoredCheckpoint], mode: str, monitor: str | None
+def best_first(
+    stored: Sequence[StoredCheckpoint], mode: str, monitor: str | None
 ) -> list[StoredCheckpoint]:
-    """Best first; those without a value, or with NaN, are not among them."""
+    """By monitored value; those without one, or with NaN, are not among them."""
     sign = 1 if mode == "min" else -1
     valued = [
         (sign * value, -index, one)
@@ -170,6 +178,23 @@ def _ranked(
         and monitor in (None, one.manifest.monitor)
     ]
     return [one for *_, one in sorted(valued, key=lambda entry: entry[:2])]
+
+
+def _newest_of_each_step(everything: Sequence[StoredCheckpoint]) -> list[StoredCheckpoint]:
+    return list({one.manifest.step: one for one in everything}.values())
+
+
+def _by_monitor(
+    stored: Sequence[StoredCheckpoint], parameters: CheckpointParameters
+) -> list[StoredCheckpoint]:
+    if parameters.monitor is None:
+        return []
+    return best_first(stored, parameters.mode, parameters.monitor)
+
+
+def _match(path: Path) -> tuple[int, int] | None:
+    match = _NAME.fullmatch(path.name)
+    return (int(match[1]), int(match[2] or 0)) if match and path.is_dir() else None
 
 
 def _delete(path: Path) -> None:

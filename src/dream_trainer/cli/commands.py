@@ -7,8 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from dream_trainer.cli.checkpoints import add_checkpoints_command
 from dream_trainer.cli.export import add_export_command
 from dream_trainer.cli.plan import PLAN_HELP
+from dream_trainer.cli.report import add_report_command
 from dream_trainer.errors import ConfigError
 
 
@@ -77,5 +79,7 @@ def command_parser(prog: str, target: bool) -> argparse.ArgumentParser:
                 "with --help after it, its options are listed",
             )
     if target:
+        add_checkpoints_command(commands, prog)
+        add_report_command(commands, prog)
         add_export_command(commands, prog)
     return parser

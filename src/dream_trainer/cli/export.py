@@ -1,4 +1,4 @@
-"""``dream-trainer export``: the one command that needs no trainer."""
+"""``checkpoints export``, and ``export`` for short: the weights of a checkpoint as one file."""
 
 from __future__ import annotations
 

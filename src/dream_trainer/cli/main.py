@@ -8,17 +8,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dream_trainer.cli.checkpoints import checkpoints
 from dream_trainer.cli.commands import command_parser
 from dream_trainer.cli.dream_cli import DreamCLI
 from dream_trainer.cli.export import export
 from dream_trainer.cli.messages import exit_statuses, first_rank_speaks
+from dream_trainer.cli.report import report
 from dream_trainer.errors import ConfigError
 
 _PROG = "dream-trainer"
+_WITHOUT_TRAINER = {"checkpoints": checkpoints, "export": export, "report": report}
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run ``dream-trainer COMMAND MODULE:CLASS [options]``, or ``dream-trainer export``.
+    """Run ``dream-trainer COMMAND MODULE:CLASS [options]``, or a command without a trainer.
 
     Args:
         args: the words after the program's name; ``sys.argv`` without them.
@@ -27,10 +30,10 @@ def main(args: Sequence[str] | None = None) -> None:
     with exit_statuses(_PROG):
         with first_rank_speaks():
             # A trainer's own options begin after its name.
-            own = words if words[:1] == ["export"] else words[:2]
+            own = words if words[:1] and words[0] in _WITHOUT_TRAINER else words[:2]
             first = command_parser(_PROG, target=True).parse_args(own)
-        if first.command == "export":
-            export(first)
+        if first.command in _WITHOUT_TRAINER:
+            _WITHOUT_TRAINER[first.command](first)
             return
         trainer_class = load_class(first.target)
     DreamCLI(trainer_class, [first.command, *words[2:]], prog=f"{_PROG} {{}} {first.target}")

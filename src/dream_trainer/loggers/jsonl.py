@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from io import FileIO
 from pathlib import Path
 
@@ -102,13 +102,25 @@ class JsonlLog:
 
     def read(self) -> list[dict[str, float]]:
         """All rows; values that are not finite come back as floats."""
+        return list(self.rows())
+
+    def rows(self) -> Iterator[dict[str, float]]:
+        """Rows one by one, while the file may be written by another process.
+
+        Raises:
+            ValueError: a line is no row.
+        """
         if not self.path.exists():
-            return []
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        return [
-            {k: float(v) if isinstance(v, str) else v for k, v in json.loads(line).items()}
-            for line in lines
-        ]
+            return
+        with self.path.open(encoding="utf-8", newline="\n") as file:
+            for line in file:
+                if not line.endswith("\n"):
+                    return  # half a row: it is being written, or its process was killed
+                row = json.loads(line)
+                for name, value in row.items():
+                    if type(value) is str:
+                        row[name] = float(value)
+                yield row
 
     def _checksum(self, size: int) -> int:
         with self.path.open("rb") as file:

@@ -107,18 +107,6 @@ def local_bytes(counts: Counts, sizes: Mapping[str, int], place: Mapping[str, in
     return sum(kind.local(sizes, place) * number for kind, number in counts.items())
 
 
-def size(number: int | None) -> str:
-    """Bytes for people: ``"2.52 GiB"``; exact below 1 KiB."""
-    if number is None:
-        return "unknown"
-    value, unit = float(number), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB", "PiB"):
-        if value < 1000:
-            break
-        value, unit = value / 1024, larger
-    return f"{number} B" if unit == "B" else f"{value:.3g} {unit}"
-
-
 def state_counts(optimizer: Optimizer) -> dict[TensorKind, int] | None:
     """The state that an optimizer keeps after a step, found by one; None if it makes none here.
 

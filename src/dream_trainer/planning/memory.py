@@ -17,11 +17,11 @@ from dream_trainer.planning.holdings import (
     count_kinds,
     gathered_parts,
     local_bytes,
-    size,
     state_counts,
     whole_bytes,
 )
 from dream_trainer.planning.layout import RankLayout
+from dream_trainer.storage.sizes import size
 from dream_trainer.trainer.base import BaseTrainer
 from dream_trainer.trainer.components import Components
 from dream_trainer.world.component_state import clean_name, module_state

@@ -10,8 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from dream_trainer.planning.epochs import LoaderPlan
-from dream_trainer.planning.holdings import size, whole_bytes
+from dream_trainer.planning.holdings import whole_bytes
 from dream_trainer.planning.run_plan import RunPlan
+from dream_trainer.storage.sizes import size
 
 _NOT_COUNTED = (
     "Activations, buffers of collectives and what the allocator keeps are not counted. Shards are "

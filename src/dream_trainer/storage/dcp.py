@@ -44,6 +44,7 @@ _ONE_PROCESS = "torch.distributed is disabled"  # is meant; torch warns at every
 _ALONE = Ranks()
 _PLAIN = "__plain__"
 _RESERVED = re.compile(r"__plain__$|__rank_\d+__")
+_RANK_PLAIN = re.compile(r"__rank_(\d+)____plain__")
 _METADATA_CLASSES = {
     *((dcp_metadata.__name__, name) for name in dcp_metadata.__all__),
     (dcp_metadata.__name__, "_MEM_FORMAT_ENCODING"),
@@ -143,13 +144,48 @@ def read_outline(directory: Path) -> Tree:
         CheckpointError: as `read_tree`.
     """
     with _opened(directory) as (reader, metadata):
-        skeleton, paths = _plain_part(reader, metadata, "")
-        entries = {path: _entry(metadata, name) for name, path in paths.items()}
-        metas = {
-            path: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-            for path, entry in entries.items()
+        return _outline(reader, metadata, "")
+
+
+def read_outlines(directory: Path) -> dict[int | None, Tree]:
+    """Outlines of the shared part, under None, and of the part of each rank.
+
+    Raises:
+        CheckpointError: as `read_tree`.
+    """
+    with _opened(directory) as (reader, metadata):
+        names = metadata.state_dict_metadata
+        ranks = sorted(int(match[1]) for name in names if (match := _RANK_PLAIN.fullmatch(name)))
+        return {None: _outline(reader, metadata, "")} | {
+            rank: _outline(reader, metadata, f"__rank_{rank}__") for rank in ranks
         }
-        return merge(skeleton, metas)
+
+
+def read_tensors(
+    directory: Path, places: Collection[tuple[int | None, TreePath]]
+) -> dict[tuple[int | None, TreePath], Tensor]:
+    """Single tensors, of the shared part (None) or of that of a rank, in CPU memory.
+
+    Raises:
+        CheckpointError: as `read_tree`.
+    """
+    names = {
+        place: join(place[1]) if place[0] is None else f"__rank_{place[0]}__{join(place[1])}"
+        for place in places
+    }
+    with _opened(directory) as (reader, metadata):
+        tensors = _load(reader, metadata, dict.fromkeys(names.values()))
+    return {place: tensors[name] for place, name in names.items()}
+
+
+def _outline(reader: _SafeReader, metadata: Metadata, prefix: str) -> Tree:
+    skeleton, paths = _plain_part(reader, metadata, prefix)
+    entries = {path: _entry(metadata, name) for name, path in paths.items()}
+    metas = {
+        path: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+        for path, entry in entries.items()
+    }
+    return merge(skeleton, metas)
 
 
 def read_parts(

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dream_trainer.errors import CheckpointError
+from dream_trainer.storage.aside import move_aside
 from dream_trainer.storage.atomic import fsync_directory
 from dream_trainer.storage.collective import Ranks
 from dream_trainer.storage.dcp import write_tree
@@ -135,19 +136,6 @@ def _told(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()), (error, None))[0]
     return f"{type(error).__name__}: {error}"
-
-
-def move_aside(path: Path, reason: str) -> Path:
-    """Rename a file or directory to ``<name>.<reason>-<n>``; nothing is deleted."""
-    return path.rename(free_name(path, reason))
-
-
-def free_name(path: Path, reason: str) -> Path:
-    """``<name>.<reason>-<n>`` beside a path, with the first n that is not taken."""
-    n = 1
-    while (target := path.with_name(f"{path.name}.{reason}-{n}")).exists():
-        n += 1
-    return target
 
 
 @functools.cache  # reads files of the environment, at every save

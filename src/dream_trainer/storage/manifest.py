@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -85,23 +85,45 @@ class Manifest:
             raise CheckpointError(str(directory), [f"{_NAME} does not match its own checksum"])
         return cls(**facts)
 
+    @property
+    def num_bytes(self) -> int:
+        """Sizes of all files together."""
+        return sum(record["bytes"] for record in self.files.values())
+
     def verify(self, directory: Path) -> None:
         """Compare sizes and checksums of the files on disk with the manifest.
 
         Raises:
             CheckpointError: naming every file that is missing or damaged.
         """
+        if problems := self.problems(directory):
+            raise CheckpointError(str(directory), problems)
+
+    def problems(
+        self, directory: Path, *, sizes_only: bool = False, advance: Callable[[int], object] = bool
+    ) -> list[str]:
+        """What of the files on disk is not as the manifest says; one sentence for each file.
+
+        Args:
+            directory: the checkpoint.
+            sizes_only: read no file, so that a flipped bit stays unseen.
+            advance: called with the number of bytes that were just read.
+        """
         problems = []
         for name, expected in self.files.items():
             path = directory / name
-            if not path.is_file():
-                problems.append(f"{name} is missing")
-            elif (size := path.stat().st_size) != expected["bytes"]:
-                problems.append(f"{name} has {size} bytes, the manifest says {expected['bytes']}")
-            elif _crc32(path) != expected["crc32"]:
-                problems.append(f"{name} does not match its checksum")
-        if problems:
-            raise CheckpointError(str(directory), problems)
+            try:
+                if not path.is_file():
+                    problems.append(f"{name} is missing")
+                elif (size := path.stat().st_size) != expected["bytes"]:
+                    problems.append(
+                        f"{name} has {size} bytes, the manifest says {expected['bytes']}"
+                    )
+                elif not sizes_only and _crc32(path, advance) != expected["crc32"]:
+                    problems.append(f"{name} does not match its checksum")
+            except OSError as error:  # a disk that cannot read it back is damage, too
+                problems.append(f"{name} cannot be read: {error.strerror}")
+        return problems
 
 
 def checksums(paths: Iterable[Path]) -> dict[str, dict[str, int]]:
@@ -111,13 +133,14 @@ def checksums(paths: Iterable[Path]) -> dict[str, dict[str, int]]:
     }
 
 
-def _crc32(path: Path) -> int:
+def _crc32(path: Path, advance: Callable[[int], object] = bool) -> int:
     # CRC-32 finds every single flipped bit and runs at memory speed; it is no protection
     # against an attacker, against whom nothing in a checkpoint is executed on loading.
     value = 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             value = zlib.crc32(chunk, value)
+            advance(len(chunk))
     return value
 
 

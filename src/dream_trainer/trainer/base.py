@@ -34,6 +34,7 @@ from dream_trainer.loggers import Logger
 from dream_trainer.loop import FitLoop
 from dream_trainer.metrics import LoggedValues, Value
 from dream_trainer.randomness import rng_state, seed_everything, set_rng_state
+from dream_trainer.storage.run_lock import RunLock
 from dream_trainer.trainer.abstract import AbstractTrainer, AbstractTrainerConfig
 from dream_trainer.trainer.components import (
     Components,
@@ -51,7 +52,6 @@ from dream_trainer.trainer.run_directory import (
     fresh_experiment_name,
     recorded_or_new_seed,
 )
-from dream_trainer.trainer.run_lock import RunLock
 from dream_trainer.trainer.running import running
 from dream_trainer.trainer.state import (
     OwnState,
