@@ -35,7 +35,7 @@ OPTIONS = [
     *("--checkpoint_parameters.every_n_steps", 1, "--checkpoint_parameters.async_save", "false"),
 ]
 #: After so many seconds a launch counts as hanging.
-SECONDS = 120
+SECONDS = 400
 _LAUNCHERS = (
     "LT_ SLURM_ LSB_ JSM_ OMPI_ PMI_ TORCHELASTIC_ RANK LOCAL_RANK WORLD_SIZE MASTER_ "
     "LOCAL_WORLD_SIZE GROUP_RANK NODE_RANK KUBERNETES_"

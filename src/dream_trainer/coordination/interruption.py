@@ -64,9 +64,11 @@ class Interruption:
         self._signals = SignalWatch(numbers, self._heard, self._end, clock)
         self._due: StopRequest | None = None
         self.stop_reason: str | None = None
+        self.deadline_signal: str | None = None
+        """The scheduler's signal after which the time to the end is limited; None before it."""
 
     def __enter__(self) -> Interruption:
-        self._due = self.stop_reason = None
+        self._due = self.stop_reason = self.deadline_signal = None
         self._agreement.on_request = self._start_deadline
         self._signals.__enter__()
         return self
@@ -120,6 +122,7 @@ class Interruption:
 
     def _start_deadline(self, request: StopRequest) -> None:
         if request.kind == "preempt" and self._grace is not None:
+            self.deadline_signal = request.reason
             self._signals.end_in(self._grace, PREEMPTED)
 
     def _end(self, status: int) -> None:

@@ -76,6 +76,9 @@ def _closing(trainer: BaseTrainer, end: _End) -> Iterator[None]:
     except BaseException as error:
         first = watch.fail(error)
         _guarded(trainer.callbacks.on_exception, trainer, error)
+        if first is not None and (name := trainer.interruption.deadline_signal) is not None:
+            # The other rank's time was over a moment before this one's.
+            raise Preempted(name) from error
         if first is not None:
             raise RankFailedError(first) from error
         raise
