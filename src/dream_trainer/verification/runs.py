@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import multiprocessing
 import os
@@ -126,6 +127,9 @@ class Runner:
         output.write_bytes(b"")
         sys.stdout.flush()
         sys.stderr.flush()
+        if self.method == "fork":
+            # Once, here: every one of the many runs would load Fabric for itself, for seconds.
+            importlib.import_module("dream_trainer.world.dream_world")
         try:
             process.start()
             # In turns: whoever inherited its pipes would keep join() waiting after its death.
