@@ -53,6 +53,17 @@ class Trainer(DreamTrainer):
         raise AssertionError("nothing asked for a trainer")
 '''
 
+#: Names of the package that are made of something slow.
+MADE_OF_IT = (
+    "Checkpointer",
+    "DreamFabric",
+    "DreamWorld",
+    "MeshStrategy",
+    "RunPlan",
+    "export_checkpoint",
+    "plan_run",
+)
+
 #: Commands that end before there is a trainer, with how they end.
 COMMANDS = (
     ("--help", 0),
@@ -68,24 +79,35 @@ COMMANDS = (
 PROGRAM = """
 import sys
 import torch
-by_torch = set(sys.modules)
+known = set(sys.modules)
+
+
+def look(what):
+    for name in {slow!r}:
+        if name in sys.modules and name not in known:
+            print("LOADED", name, "by", what)
+            known.add(name)
+
+
+import dream_trainer
+for name in dream_trainer.__all__:
+    if name not in {made_of_it!r}:
+        getattr(dream_trainer, name)
+        look(name)
 from train import DreamCLI, Trainer
 for command, status in {commands!r}:
     try:
         DreamCLI(Trainer, command.split(), prog="train.py {{}}")
     except SystemExit as end:
         assert end.code == status, (command, end.code)
-    for name in {slow!r}:
-        if name in sys.modules and name not in by_torch:
-            print("LOADED", name, "by", command)
-            by_torch.add(name)
+    look(command)
 print("DONE")
 """
 
 
 def test_help_configurations_and_mistakes_load_torch_and_nothing_slow(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(TRAIN)
-    program = PROGRAM.format(commands=COMMANDS, slow=SLOW)
+    program = PROGRAM.format(commands=COMMANDS, slow=SLOW, made_of_it=MADE_OF_IT)
     path = os.pathsep.join([str(tmp_path), *sys.path])
     done = subprocess.run(
         [sys.executable, "-c", program],

@@ -11,7 +11,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-# Not its names: it loads Fabric for them, which --help and a mistake in an option need none of.
+# Not its names, which load Fabric: neither --help nor a mistake in an option needs that. Nor under
+# TYPE_CHECKING: jsonargparse runs such blocks of the modules that configurations are in.
 from dream_trainer import world
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.errors import ConfigError, UnknownComponentError
