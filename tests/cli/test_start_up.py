@@ -101,6 +101,11 @@ for command, status in {commands!r}:
     except SystemExit as end:
         assert end.code == status, (command, end.code)
     look(command)
+import random
+random.seed(1)
+before = random.getstate()
+dream_trainer.ProgressBar()
+print("DRAWN" if random.getstate() != before else "NOT DRAWN")
 print("DONE")
 """
 
@@ -120,4 +125,6 @@ def test_help_configurations_and_mistakes_load_torch_and_nothing_slow(tmp_path: 
     lines = done.stdout.splitlines()
     assert lines[-1:] == ["DONE"], done.stderr
     assert [line for line in lines if line.startswith("LOADED")] == []
+    # rich is loaded late, which may not shift the numbers of a program that has seeded itself.
+    assert "NOT DRAWN" in lines
     assert "Width of the hidden layer." in done.stdout  # the help was that of the configuration

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dream_trainer.callbacks.callback import Callback
+from dream_trainer.lazy_names import loading
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -102,13 +103,15 @@ class ProgressBar(Callback):
 
 
 def _new_console() -> Console:
-    from rich.console import Console
+    with loading():
+        from rich.console import Console
 
     return Console()
 
 
 def _new_bar(console: Console) -> Progress:
-    from rich import progress
+    with loading():
+        from rich import progress
 
     return progress.Progress(
         progress.TextColumn("[bold]{task.description}"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
 import json
 import multiprocessing
 import os
@@ -129,7 +128,7 @@ class Runner:
         sys.stderr.flush()
         if self.method == "fork":
             # Once, here: every one of the many runs would load Fabric for itself, for seconds.
-            importlib.import_module("dream_trainer.world.dream_world")
+            from dream_trainer.world import DreamWorld  # noqa: F401
         try:
             process.start()
             # In turns: whoever inherited its pipes would keep join() waiting after its death.
