@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -27,6 +28,9 @@ from dream_trainer.callbacks import Callback
 from dream_trainer.callbacks.callback import HOOKS
 from dream_trainer.configs import CheckpointParameters, DeviceParameters, TrainingParameters
 from dream_trainer.trainer import DreamTrainer, DreamTrainerConfig
+
+# Once, in the process that the runners fork: every rank would load Fabric for itself, for seconds.
+importlib.import_module("dream_trainer.world.dream_world")
 
 # ---------------------------------------------------------------------- a tiny trainer
 

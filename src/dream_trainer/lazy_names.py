@@ -3,8 +3,24 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Around an import that may come after a program has seeded itself.
+
+    rich draws from ``random`` when it is loaded, and Fabric loads rich: the program's next draw
+    would depend on whether anybody had loaded them before.
+    """
+    state = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 def lazy_names(
@@ -22,7 +38,8 @@ def lazy_names(
     def get(name: str) -> Any:
         if name not in home_of:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"{package}.{home_of[name]}"), name)
+        with loading():
+            value = getattr(importlib.import_module(f"{package}.{home_of[name]}"), name)
         namespace[name] = value
         return value
 

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from dream_trainer.data import ResumableLoader
 from dream_trainer.errors import ConfigError, UnknownComponentError
 from dream_trainer.trainer import DreamTrainer, DreamTrainerConfig
-from dream_trainer.world.dream_world import unwrap
+from dream_trainer.world.wrappers import unwrap
 
 # A run seeds the global streams.
 pytestmark = pytest.mark.may_leave("rng")

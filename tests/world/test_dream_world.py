@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.errors import CheckpointError, ConfigError
 from dream_trainer.world import DreamFabric, DreamWorld, MeshStrategy
-from dream_trainer.world.dream_world import unwrap
+from dream_trainer.world.wrappers import unwrap
 
 # These tests draw, and seed, on their own.
 pytestmark = pytest.mark.may_leave("rng")

@@ -6,20 +6,13 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-
 from dream_trainer.callbacks.callback import Callback
+from dream_trainer.lazy_names import loading
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
     from dream_trainer.trainer.base import BaseTrainer
 
 
@@ -39,7 +32,7 @@ class ProgressBar(Callback):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._seconds_per_line, self._clock = seconds_per_line, clock
-        self._console = console or Console()
+        self._console = console or _new_console()
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._is_drawing = False
@@ -53,15 +46,7 @@ class ProgressBar(Callback):
         if not self._is_drawing:
             return
         if self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("[bold]{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[metrics]}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                console=self._console,
-            )
+            self._bar = _new_bar(self._console)
             self._bar.start()
 
     def post_train_step(
@@ -115,6 +100,28 @@ class ProgressBar(Callback):
         self._console.print(
             f"{_title(trainer)}, {where}  {_words(self._results)}", highlight=False, soft_wrap=True
         )
+
+
+def _new_console() -> Console:
+    with loading():
+        from rich.console import Console
+
+    return Console()
+
+
+def _new_bar(console: Console) -> Progress:
+    with loading():
+        from rich import progress
+
+    return progress.Progress(
+        progress.TextColumn("[bold]{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("{task.fields[metrics]}"),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+        console=console,
+    )
 
 
 def _title(trainer: BaseTrainer) -> str:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -25,7 +25,9 @@ from dream_trainer.storage import (
     read_tree,
     save_directory,
 )
-from dream_trainer.world import DreamWorld
+
+if TYPE_CHECKING:
+    from dream_trainer.world import DreamWorld
 
 #: Parts of a state that differ from rank to rank; the rest is the same on every rank, or
 #: sharded over them.
@@ -67,7 +69,12 @@ class Checkpointer:
         world: DreamWorld | None = None,
         parameters: CheckpointParameters | None = None,
     ) -> None:
-        self.world = world if world is not None else DreamWorld()
+        if world is None:
+            # Here: exporting a checkpoint needs this module, and no Fabric.
+            from dream_trainer.world import DreamWorld
+
+            world = DreamWorld()
+        self.world = world
         self.parameters = parameters if parameters is not None else CheckpointParameters()
         self.store = CheckpointStore(Path(directory))
         self._buffers = StagingBuffers()

@@ -6,7 +6,6 @@ import os
 import subprocess
 
 from dream_trainer.coordination.messages import tell
-from dream_trainer.world.launchers import is_interactive_job
 
 
 def requeue_slurm_job() -> None:
@@ -14,6 +13,8 @@ def requeue_slurm_job() -> None:
 
     A failure is told and does not hide how the run ended.
     """
+    from dream_trainer.world.launchers import is_interactive_job
+
     job = os.environ.get("SLURM_JOB_ID")
     if job is None or is_interactive_job():
         return

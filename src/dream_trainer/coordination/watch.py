@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
@@ -20,7 +21,9 @@ from dream_trainer.coordination.failure import RankFailedError, RankFailure, is_
 from dream_trainer.coordination.messages import end_process, tell
 from dream_trainer.coordination.place import Place, SharedPlace, forget
 from dream_trainer.errors import ProblemsError
-from dream_trainer.world import DreamWorld
+
+if TYPE_CHECKING:
+    from dream_trainer.world import DreamWorld
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 _SECONDS_WHILE_PENDING = 0.02

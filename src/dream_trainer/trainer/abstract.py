@@ -5,20 +5,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+# Not its names, which load Fabric: neither --help nor a mistake in an option needs that. Nor under
+# TYPE_CHECKING: jsonargparse runs such blocks of the modules that configurations are in.
+from dream_trainer import world
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.errors import ConfigError, UnknownComponentError
 from dream_trainer.progress import Progress
-from dream_trainer.world import DreamWorld
-from dream_trainer.world.dream_world import unwrap
-
-if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+from dream_trainer.world.wrappers import unwrap
 
 T = TypeVar("T")
 
@@ -76,7 +75,9 @@ class AbstractTrainer(ABC):
 
     config: AbstractTrainerConfig
 
-    def __init__(self, config: AbstractTrainerConfig, *, fabric: Fabric | None = None) -> None:
+    def __init__(
+        self, config: AbstractTrainerConfig, *, fabric: world.Fabric | None = None
+    ) -> None:
         if not isinstance(config, AbstractTrainerConfig):
             raise ConfigError(
                 type(self).__name__,
@@ -84,7 +85,7 @@ class AbstractTrainer(ABC):
                 f"Pass a {AbstractTrainerConfig.__name__} or a dataclass derived from it.",
             )
         self.config = config
-        self.world = DreamWorld(config.device_parameters, fabric=fabric)
+        self.world = world.DreamWorld(config.device_parameters, fabric=fabric)
         self.progress = Progress()
 
     # ------------------------------------------------------------------ counters

@@ -8,11 +8,12 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dream_trainer import checkpointing, world
 from dream_trainer.accumulation import AccumulationWindow, Weight
 from dream_trainer.callbacks import (
     Callback,
@@ -22,7 +23,6 @@ from dream_trainer.callbacks import (
     MetricLogger,
     ProgressBar,
 )
-from dream_trainer.checkpointing import Checkpointer
 from dream_trainer.configs import CheckpointParameters, TrainingParameters
 from dream_trainer.coordination import Interruption, Place, RankWatch, StopAgreement
 from dream_trainer.data import ResumableLoader
@@ -62,10 +62,6 @@ from dream_trainer.trainer.state import (
 )
 from dream_trainer.world.component_state import gradients
 from dream_trainer.world.gradient_norm import scale
-from dream_trainer.world.launchers import job_id
-
-if TYPE_CHECKING:
-    from lightning.fabric import Fabric
 
 
 @dataclass(kw_only=True)
@@ -142,7 +138,7 @@ class BaseTrainer(AbstractTrainer):
     """Functions from configuration to configuration by name, beside the inherited ones; None
     takes an inherited one away."""
 
-    def __init__(self, config: BaseTrainerConfig, *, fabric: Fabric | None = None) -> None:
+    def __init__(self, config: BaseTrainerConfig, *, fabric: world.Fabric | None = None) -> None:
         super().__init__(config, fabric=fabric)
         defaults: dict[str, Callback | None] = {
             "lr": LearningRateMonitor(),
@@ -542,6 +538,8 @@ class BaseTrainer(AbstractTrainer):
         self.config = config = copy.copy(self.config)
         # Drawn or named on rank 0: on its own each rank would come up with another.
         if config.experiment is None:
+            from dream_trainer.world.launchers import job_id
+
             config.experiment = fresh_experiment_name(job_id(self.world.ranks))
         if config.seed is None:
             config.seed = recorded_or_new_seed(self.run_directory, self.checkpoint_parameters)
@@ -572,7 +570,7 @@ class BaseTrainer(AbstractTrainer):
         self._scheduler_of = steppable_schedulers(self)
         self._module_of = trained_alone(self.named_models(), self._optimizers)
         self.lock = RunLock(self.run_directory)
-        self.checkpointer = Checkpointer(
+        self.checkpointer = checkpointing.Checkpointer(
             self.run_directory / "checkpoints", self.world, self.checkpoint_parameters
         )
         dp_size, val = self.world.dp_size, self.val_dataloader

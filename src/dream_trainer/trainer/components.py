@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from dream_trainer.errors import ConfigError, UnknownComponentError
-from dream_trainer.storage import Like
 from dream_trainer.world.component_state import (
     load_module_state,
     load_optimizer_state,
@@ -23,9 +22,10 @@ from dream_trainer.world.component_state import (
     parameter_names,
     state_template,
 )
-from dream_trainer.world.dream_world import unwrap
+from dream_trainer.world.wrappers import unwrap
 
 if TYPE_CHECKING:
+    from dream_trainer.storage import Like
     from dream_trainer.trainer.abstract import AbstractTrainer
 
 

@@ -6,27 +6,20 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
-    apply_activation_checkpointing,
-)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import Metric, MetricCollection
 
+from dream_trainer import world
 from dream_trainer.data import ResumableLoader
 from dream_trainer.errors import ConfigError
 from dream_trainer.trainer.base import BaseTrainer, BaseTrainerConfig
-from dream_trainer.world import MeshStrategy
+from dream_trainer.trainer.metric_states import is_metric
 from dream_trainer.world.blocks import blocks_of, shard_blocks
 from dream_trainer.world.component_state import parameter_names
-from dream_trainer.world.materialize import layers_on_meta
-
-if TYPE_CHECKING:
-    from lightning.fabric import Fabric
 
 
 @dataclass(kw_only=True)
@@ -60,7 +53,7 @@ class DreamTrainer(BaseTrainer):
 
     config: DreamTrainerConfig
 
-    def __init__(self, config: DreamTrainerConfig, *, fabric: Fabric | None = None) -> None:
+    def __init__(self, config: DreamTrainerConfig, *, fabric: world.Fabric | None = None) -> None:
         super().__init__(config, fabric=fabric)
         self._models: dict[str, nn.Module] = {}
         self._layers_on_meta: list[nn.Module] = []
@@ -165,8 +158,12 @@ class DreamTrainer(BaseTrainer):
 
     def apply_activation_checkpointing(self, model: nn.Module) -> None:
         """Recompute the activations of each block of the largest ``ModuleList`` in backward."""
+        from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
+
         blocks = set(map(id, blocks_of(model)))
-        apply_activation_checkpointing(model, check_fn=lambda part: id(part) in blocks)
+        checkpoint_wrapper.apply_activation_checkpointing(
+            model, check_fn=lambda part: id(part) in blocks
+        )
 
     def apply_compile(self, model: nn.Module) -> None:
         """Compile in place each block of the largest ``ModuleList``, or the model without one."""
@@ -187,10 +184,12 @@ class DreamTrainer(BaseTrainer):
 
     def configure(self) -> None:
         """Make models and metrics, and find them."""
+        from dream_trainer.world.materialize import layers_on_meta
+
         before = dict(vars(self))
         self.configure_models()
         found = {n: v for n, v in vars(self).items() if before.get(n) is not v}
-        metrics = {n: v for n, v in found.items() if isinstance(v, (Metric, MetricCollection))}
+        metrics = {n: v for n, v in found.items() if is_metric(v)}
         self._models = {
             name: value
             for name, value in found.items()
@@ -217,7 +216,7 @@ class DreamTrainer(BaseTrainer):
         metrics |= {
             name: value
             for name, value in vars(self).items()
-            if before.get(name) is not value and isinstance(value, (Metric, MetricCollection))
+            if before.get(name) is not value and is_metric(value)
         }
         self.metrics.adopt(metrics)
 
@@ -276,7 +275,7 @@ class DreamTrainer(BaseTrainer):
 
     def _with_policies(self, model: nn.Module) -> nn.Module:
         """Policies that no mesh is needed for; under ``MeshStrategy`` they come in between."""
-        if not isinstance(self.world.strategy, MeshStrategy):
+        if not isinstance(self.world.strategy, world.MeshStrategy):
             self._apply_local(model)
         return model
 
@@ -287,7 +286,7 @@ class DreamTrainer(BaseTrainer):
         if devices.compile_model:
             self.apply_compile(model)
 
-    def _parallelize(self, model: nn.Module, strategy: MeshStrategy) -> nn.Module:
+    def _parallelize(self, model: nn.Module, strategy: world.MeshStrategy) -> nn.Module:
         # The one order that works: what splits layers sees them plain, sharding sees the result.
         if strategy.tp_size > 1:
             self.apply_tensor_parallel(model, strategy.device_mesh["tp"])

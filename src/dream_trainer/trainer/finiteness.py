@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from dream_trainer.trainer.components import Components
 from dream_trainer.world.component_state import parameter_names
+from dream_trainer.world.sharded import is_dtensor
 
 
 def first_nonfinite(components: Components) -> str | None:
@@ -42,4 +42,4 @@ def _tensors(components: Components) -> Iterator[tuple[str, Tensor]]:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+    return (tensor.to_local() if is_dtensor(tensor) else tensor).detach()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dream_trainer.configs import TrainingParameters
 from dream_trainer.data import ResumableLoader
 from dream_trainer.errors import ConfigError
-from dream_trainer.world import DreamWorld
+
+if TYPE_CHECKING:
+    from dream_trainer.world import DreamWorld
 
 #: Loaders that a run cannot do without, if they are there.
 _OF_A_RUN = ("train_dataloader", "val_dataloader")

@@ -8,15 +8,16 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
 
 from dream_trainer.metrics import to_host
-from dream_trainer.trainer.metric_states import merged_over_ranks, updated_metrics
+from dream_trainer.trainer.metric_states import is_single_metric, merged_over_ranks, updated_metrics
 
 if TYPE_CHECKING:
+    from torchmetrics import Metric, MetricCollection
+
     from dream_trainer.trainer.base import BaseTrainer
 
-AnyMetric = Metric | MetricCollection
+    AnyMetric = Metric | MetricCollection
 
 
 class MetricPhases:
@@ -112,7 +113,7 @@ class MetricPhases:
         # A module saves the states of metrics in it only if they are made persistent.
         for name, model in self._trainer.components.models.items():
             for path, part in model.named_modules(prefix=f"models.{name}"):
-                if isinstance(part, Metric):
+                if is_single_metric(part):
                     yield path, part
 
     def _copies(self, phase: str) -> dict[str, AnyMetric]:
@@ -125,10 +126,10 @@ class MetricPhases:
 def _flat(metrics: Mapping[str, AnyMetric]) -> Iterator[tuple[str, Metric]]:
     """Every metric by its path, those inside collections and wrappers among them."""
     for name, metric in metrics.items():
-        if isinstance(metric, MetricCollection):
+        if not is_single_metric(metric):
             metric.items(keep_base=True, copy_state=True)  # members of a group share one state
         for path, part in metric.named_modules(prefix=name):
-            if isinstance(part, Metric):
+            if is_single_metric(part):
                 yield path, part
 
 

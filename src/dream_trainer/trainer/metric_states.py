@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.wrappers.abstract import WrapperMetric
+from typing_extensions import TypeIs
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric, MetricCollection
 
 #: Of one metric: how often it was updated, and its states by name.
 Gathered = tuple[int, dict[str, Any]]
 Gather = Callable[[dict[str, Gathered]], list[dict[str, Gathered]]]
 
 
+def is_metric(value: object) -> TypeIs[Metric | MetricCollection]:
+    """Whether it is one of torchmetrics', or a collection of them."""
+    return is_single_metric(value) or isinstance(value, _kind("torchmetrics", "MetricCollection"))
+
+
+def is_single_metric(value: object) -> TypeIs[Metric]:
+    """Whether it is one of torchmetrics', and no collection."""
+    return isinstance(value, _kind("torchmetrics", "Metric"))
+
+
 def updated_metrics(metrics: Mapping[str, Metric]) -> set[str]:
     """Paths of the metrics that were updated; what wraps others has no states of its own."""
     return {
-        path
-        for path, metric in metrics.items()
-        if metric.update_called and not isinstance(metric, WrapperMetric)
+        path for path, metric in metrics.items() if metric.update_called and not _is_wrapper(metric)
     }
 
 
@@ -56,6 +67,15 @@ def merged_over_ranks(metrics: Mapping[str, Metric], gather: Gather) -> Iterator
         for path, values in before.items():
             for name, value in values.items():
                 setattr(metrics[path], name, value)
+
+
+def _is_wrapper(metric: Metric) -> bool:
+    return isinstance(metric, _kind("torchmetrics.wrappers.abstract", "WrapperMetric"))
+
+
+def _kind(module: str, name: str) -> Any:
+    """A class of torchmetrics; what nothing is an instance of, if nobody has loaded that."""
+    return getattr(sys.modules.get(module), name, ())
 
 
 def _gathered(metric: Metric) -> Gathered:

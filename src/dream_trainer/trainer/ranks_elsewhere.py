@@ -15,7 +15,6 @@ from torch.multiprocessing import ProcessRaisedException
 
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.errors import ConfigError, ProblemsError
-from dream_trainer.world import DreamWorld
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
@@ -62,6 +61,8 @@ def bring_back(trainer: BaseTrainer, outcome: Outcome) -> None:
     On the CPU and without ranks: a device that this process has used cannot be used by ranks that
     are forked later.
     """
+    from dream_trainer.world import DreamWorld
+
     config = trainer.config = dataclasses.replace(trainer.config)
     config.experiment, config.seed = outcome.attributes["name"]
     trainer.world = DreamWorld(

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, TypeVar
 from dream_trainer.errors import ConfigError, StateError
 from dream_trainer.trainer.run_directory import record_config
 from dream_trainer.trainer.state import OwnState
-from dream_trainer.trainer.warm_start import load_weights
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
@@ -51,6 +50,8 @@ def restore(trainer: BaseTrainer, *, read_only: bool) -> None:
             f"({loaded.path.name}, saved {manifest.saved_at})"
         )
     elif parameters.init_from is not None:
+        from dream_trainer.trainer.warm_start import load_weights
+
         load_weights(trainer, parameters.init_from)
 
 

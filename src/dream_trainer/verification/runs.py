@@ -126,6 +126,9 @@ class Runner:
         output.write_bytes(b"")
         sys.stdout.flush()
         sys.stderr.flush()
+        if self.method == "fork":
+            # Once, here: every one of the many runs would load Fabric for itself, for seconds.
+            from dream_trainer.world import DreamWorld  # noqa: F401
         try:
             process.start()
             # In turns: whoever inherited its pipes would keep join() waiting after its death.

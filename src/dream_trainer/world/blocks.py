@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:
@@ -30,6 +29,8 @@ def shard_blocks(module: nn.Module, **fsdp_arguments: Any) -> None:
     A block that shares parameters with anything outside of it is left to the root, where they are
     gathered together.
     """
+    from torch.distributed.fsdp import fully_shard
+
     blocks = blocks_of(module)
     uses: dict[int, int] = {}
     for parameter in _registered(module):

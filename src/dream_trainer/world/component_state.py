@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
+
+from dream_trainer.world.sharded import is_dtensor, is_fsdp_module
 
 #: What wrappers of torch put into names; the user's own names are those without.
 _INFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.")
@@ -48,7 +48,7 @@ def rank_buffers(models: Mapping[str, nn.Module]) -> dict[str, dict[str, Tensor]
         model_name: {
             clean_name(name): value
             for name, value in model.state_dict().items()
-            if isinstance(value, Tensor) and not isinstance(value, DTensor) and name in buffers
+            if isinstance(value, Tensor) and not is_dtensor(value) and name in buffers
         }
         for model_name, model in models.items()
         if (buffers := {name for name, _ in model.named_buffers()})
@@ -230,7 +230,7 @@ def gradients_by_name(
         f"{model_name}.{clean_name(name)}": parameter.grad
         for model_name, model in models.items()
         for name, parameter in model.named_parameters()
-        if parameter.grad is not None and (isinstance(parameter.grad, DTensor) or not sharded_only)
+        if parameter.grad is not None and (is_dtensor(parameter.grad) or not sharded_only)
     }
 
 
@@ -248,7 +248,7 @@ def state_template(
 ) -> Callable[[tuple[str | int, ...], torch.Size], Tensor | None]:
     """Templates for reading: sharded models and their optimizer state come back sharded."""
     # By every name of a parameter that modules share: under a second one it would be read whole.
-    sharded = {name: p for name, p in _every_name(models) if isinstance(p, DTensor)}
+    sharded = {name: p for name, p in _every_name(models) if is_dtensor(p)}
 
     def like(path: tuple[str | int, ...], size: torch.Size) -> Tensor | None:
         if not sharded:
@@ -268,7 +268,7 @@ def state_template(
 
 def unsharded_norm(norm: Tensor) -> Tensor:
     """A gradient norm as a plain tensor of no dimensions. Sharded: one all-reduce."""
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return norm.full_tensor() if is_dtensor(norm) else norm
 
 
 def gradients(optimizers: Iterable[Optimizer]) -> list[Tensor]:
@@ -304,7 +304,7 @@ def _every_name(models: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Param
     """Each parameter under each of its names."""
     for model_name, model in models.items():
         for part in model.modules():
-            if isinstance(part, FSDPModule):
+            if is_fsdp_module(part):
                 # After a forward without backward its parameters are the gathered ones, which
                 # no optimizer knows.
                 part.reshard()
@@ -352,9 +352,11 @@ def _laid_out_like(value: Any, target: Any, *, copies: bool = True) -> Any:
     """
     if not isinstance(value, Tensor):
         return copy.deepcopy(value)
-    if isinstance(target, DTensor):
-        if not isinstance(value, DTensor) and value.shape == target.shape:
+    if is_dtensor(target):
+        if not is_dtensor(value) and value.shape == target.shape:
+            from torch.distributed.tensor import distribute_tensor
+
             return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
-    elif isinstance(value, DTensor):
+    elif is_dtensor(value):
         return value.full_tensor()
     return value.clone() if copies else value

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from lightning.fabric.strategies import (
     SingleDeviceStrategy,
     Strategy,
 )
-from lightning.fabric.wrappers import _FabricModule, _FabricOptimizer
+from lightning.fabric.wrappers import _FabricOptimizer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
@@ -47,6 +47,7 @@ from dream_trainer.world.module_setup import set_up
 from dream_trainer.world.processes import Children, run_on_ranks, spawns, starts_functions
 from dream_trainer.world.restarts import fresh_store
 from dream_trainer.world.strategy import fabric_arguments, refusal
+from dream_trainer.world.wrappers import unwrap
 
 T = TypeVar("T")
 _NOTHING = nullcontext()
@@ -541,21 +542,6 @@ class DreamWorld:
             )
 
 
-@overload
-def unwrap(wrapped: nn.Module) -> nn.Module: ...
-@overload
-def unwrap(wrapped: Optimizer) -> Optimizer: ...
-def unwrap(wrapped: Any) -> Any:
-    """The user's own object behind what Fabric wrapped; anything else as it is."""
-    if isinstance(wrapped, _FabricModule):
-        return wrapped.module
-    if isinstance(wrapped, _FabricOptimizer):
-        return wrapped.optimizer
-    if isinstance(wrapped, nn.parallel.DistributedDataParallel):
-        return wrapped.module
-    return wrapped
-
-
 def _on_rank(
     world: DreamWorld, function: Callable[..., Any], arguments: tuple[Any, ...], _: Fabric
 ) -> None:
@@ -568,4 +554,4 @@ def _has_group() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-__all__ = ["DreamWorld", "unwrap"]
+__all__ = ["DreamWorld"]

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.utils import get_total_norm
+
+from dream_trainer.world.sharded import is_dtensor
 
 
 def clip_to_norm(
@@ -49,7 +50,7 @@ def total_norm(gradients: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
     for gradient in gradients:
         groups, local = _shards(gradient)
         by_groups.setdefault(groups, []).append(local)
-        if device is None and isinstance(gradient, DTensor):
+        if device is None and is_dtensor(gradient):
             # Gradients of offloaded parameters are in CPU memory; the ranks talk elsewhere.
             device = torch.device(gradient.device_mesh.device_type)
     if not by_groups:
@@ -76,7 +77,7 @@ def scale(gradients: Iterable[Tensor], factor: Tensor | float) -> None:
     """Multiply gradients in place, plain and sharded ones alike. No collective."""
     by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for gradient in gradients:
-        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        local = gradient.to_local() if is_dtensor(gradient) else gradient
         by_kind.setdefault((local.device, local.dtype), []).append(local)
     for (device, dtype), shards in by_kind.items():
         if isinstance(factor, Tensor):
@@ -87,9 +88,11 @@ def scale(gradients: Iterable[Tensor], factor: Tensor | float) -> None:
 
 def _shards(gradient: Tensor) -> tuple[tuple[dist.ProcessGroup, ...], Tensor]:
     """The groups that a gradient is sharded over, outermost first, and the own part of it."""
-    if not isinstance(gradient, DTensor):
+    if not is_dtensor(gradient):
         return (), gradient
     if any(placement.is_partial() for placement in gradient.placements):
+        from torch.distributed.tensor import Replicate
+
         whole = [Replicate() if p.is_partial() else p for p in gradient.placements]
         gradient = gradient.redistribute(placements=whole)
     mesh = gradient.device_mesh

@@ -7,10 +7,10 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from dream_trainer.errors import ConfigError
+from dream_trainer.world.sharded import is_fsdp_module
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def no_gradient_sync(modules: Iterable[nn.Module]) -> Iterator[None]:
                             "Leave static_graph off, or take larger batches.",
                         )
                     stack.enter_context(part.no_sync())
-                elif isinstance(part, FSDPModule):
+                elif is_fsdp_module(part):
                     part.set_requires_gradient_sync(False, recurse=False)
                     # Left off, the next plain backward would leave every gradient None.
                     stack.callback(part.set_requires_gradient_sync, True, recurse=False)

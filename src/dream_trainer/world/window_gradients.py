@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from dream_trainer.world.component_state import clean_name, parameter_names
+from dream_trainer.world.sharded import is_dtensor, is_fsdp_module
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 
 def window_gradients(models: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -18,7 +20,7 @@ def window_gradients(models: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     gathered = {
         name: parameter.grad
         for name, parameter in _parameters(models)
-        if parameter.grad is not None and not isinstance(parameter.grad, DTensor)
+        if parameter.grad is not None and not is_dtensor(parameter.grad)
     }
     for part in _sharded_parts(models):
         for own in _fsdp_parameters(part):
@@ -31,7 +33,7 @@ def load_window_gradients(models: Mapping[str, nn.Module], state: Mapping[str, T
     """The inverse of `window_gradients`, on the same rank of the same layout. A collective."""
     names = parameter_names(models)
     for name, parameter in _parameters(models):
-        if name in state and not isinstance(parameter, DTensor):
+        if name in state and not is_dtensor(parameter):
             parameter.grad = state[name].to(parameter.device, copy=True)
     for part in _sharded_parts(models):
         # Before the first forward there is nothing yet to hang a gradient on. Every part, whether
@@ -51,7 +53,7 @@ def _parameters(models: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Param
 
 def _sharded_parts(models: Mapping[str, nn.Module]) -> Iterator[FSDPModule]:
     for model in models.values():
-        yield from (part for part in model.modules() if isinstance(part, FSDPModule))
+        yield from (part for part in model.modules() if is_fsdp_module(part))
 
 
 def _fsdp_parameters(part: FSDPModule) -> list[Any]:
@@ -73,7 +75,9 @@ def _unsharded_gradient(own: Any) -> Tensor | None:
 def _set_unsharded_gradient(own: Any, value: Tensor) -> None:
     parameter = own._unsharded_param
     gradient = value.to(_local(parameter).device, copy=True)
-    if isinstance(parameter, DTensor):
+    if is_dtensor(parameter):
+        from torch.distributed.tensor import DTensor
+
         gradient = DTensor.from_local(
             gradient,
             parameter.device_mesh,
@@ -90,4 +94,4 @@ def _set_unsharded_gradient(own: Any, value: Tensor) -> None:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
