@@ -42,6 +42,11 @@ class Values:
     bases: list[SourceClass | str] = field(default_factory=list)
     entries: Values | None = None
 
+    @property
+    def is_section(self) -> bool:
+        """Whether there are options below, whatever is given."""
+        return self.section is not None or self.entries is not None
+
     def add(self, other: Values) -> None:
         """Allow also what another one allows."""
         self.words += other.words
