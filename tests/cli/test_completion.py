@@ -17,7 +17,7 @@ from typing import get_type_hints
 import pytest
 from support import TinyTrainer, tiny
 
-from dream_trainer.callbacks import Callback
+from dream_trainer.callbacks import Callback, ProgressBar
 from dream_trainer.cli.candidates import candidates
 from dream_trainer.cli.completion import split_line
 from dream_trainer.cli.config_class import config_class_of
@@ -249,9 +249,9 @@ def test_the_source_tells_what_the_imported_classes_have(tmp_path: Path) -> None
         return 1 + sum(compare(f"{path}.{name}".lstrip("."), kind) for name, kind in below.items())
 
     assert compare("", config_class_of(TinyTrainer)) == 4
-    made = tiny(tmp_path).callbacks
-    names = {name: f"{type(one).__module__}.{type(one).__name__}" for name, one in made.items()}
-    assert {name: kind for name, kind in names.items() if name in RUN_CALLBACKS} == RUN_CALLBACKS
+    made = tiny(tmp_path, callbacks={"progress": ProgressBar()}).callbacks
+    kinds = {name: type(made[name]) for name in made}
+    assert {n: f"{kind.__module__}.{kind.__name__}" for n, kind in kinds.items()} == RUN_CALLBACKS
 
 
 def test_the_options_of_plan_are_those_of_its_help(

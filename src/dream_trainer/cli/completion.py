@@ -36,7 +36,7 @@ _dream_trainer() {
 # A command line of another program: to whoever completed it before.
 _dream_trainer_other() {
     local name=${1##*/} before
-    for before in "${_dream_trainer_before[@]}"; do
+    for before in ${_dream_trainer_before[@]+"${_dream_trainer_before[@]}"}; do
         if [[ ${before%% *} == "$name" ]]; then
             ${before#* } "$@"
             return
