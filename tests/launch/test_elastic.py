@@ -22,7 +22,11 @@ from launched import (
 )
 from support import free_port, mlp
 
-pytestmark = [pytest.mark.may_leave("rng"), pytest.mark.distributed]
+pytestmark = [
+    pytest.mark.may_leave("rng"),
+    pytest.mark.distributed,
+    pytest.mark.timeout(900),  # several programs, each waited for by `finish`
+]
 
 #: How soon the agents notice that one of them is gone, and how long they wait for another.
 QUICK = (

@@ -21,7 +21,11 @@ from launched import (
 )
 from support import free_port
 
-pytestmark = [pytest.mark.may_leave("rng"), pytest.mark.distributed]
+pytestmark = [
+    pytest.mark.may_leave("rng"),
+    pytest.mark.distributed,
+    pytest.mark.timeout(900),  # several programs, each waited for by `finish`
+]
 
 PYTHON = [sys.executable, SCRIPT, *OPTIONS, "--seed", 3, "--experiment", "x"]
 PYTHON += ["--device_parameters.devices", 2]

@@ -10,7 +10,11 @@ import pytest
 from launched import BIN, OPTIONS, SCRIPT, ends, only, run
 from support import free_port
 
-pytestmark = [pytest.mark.may_leave("rng"), pytest.mark.distributed]
+pytestmark = [
+    pytest.mark.may_leave("rng"),
+    pytest.mark.distributed,
+    pytest.mark.timeout(900),  # several programs, each waited for by `finish`
+]
 
 
 def assert_one_run(folder: Path, size: int, output: str = "") -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dream_trainer.cli.checkpoints import add_checkpoints_command
+from dream_trainer.cli.completion import add_completion_command
 from dream_trainer.cli.export import add_export_command
 from dream_trainer.cli.plan import PLAN_HELP
 from dream_trainer.cli.report import add_report_command
@@ -82,4 +83,5 @@ def command_parser(prog: str, target: bool) -> argparse.ArgumentParser:
         add_checkpoints_command(commands, prog)
         add_report_command(commands, prog)
         add_export_command(commands, prog)
+        add_completion_command(commands, prog)
     return parser

@@ -10,6 +10,7 @@ from typing import Any
 
 from dream_trainer.cli.checkpoints import checkpoints
 from dream_trainer.cli.commands import command_parser
+from dream_trainer.cli.completion import completion
 from dream_trainer.cli.dream_cli import DreamCLI
 from dream_trainer.cli.export import export
 from dream_trainer.cli.messages import exit_statuses, first_rank_speaks
@@ -17,7 +18,12 @@ from dream_trainer.cli.report import report
 from dream_trainer.errors import ConfigError
 
 _PROG = "dream-trainer"
-_WITHOUT_TRAINER = {"checkpoints": checkpoints, "export": export, "report": report}
+_WITHOUT_TRAINER = {
+    "checkpoints": checkpoints,
+    "completion": completion,
+    "export": export,
+    "report": report,
+}
 
 
 def main(args: Sequence[str] | None = None) -> None:

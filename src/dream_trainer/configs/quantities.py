@@ -26,21 +26,23 @@ class Duration(float):
 
     It computes and compares as the number of its seconds.
 
-    Args:
-        value: a number of seconds; a ``timedelta``; or text: ``30s``, ``1h30m``, ``1.5h``, ``2d``,
-            ``250ms``, with units ``w d h m s ms`` from large to small; ``00:30:00`` (hours,
-            minutes, seconds, with days in front as ``2-12:00:00`` or ``2:12:00:00``).
-
     Attributes:
         text: what was given.
-
-    Raises:
-        ValueError: it is none of these, or below zero.
     """
 
     text: str
 
     def __new__(cls, value: float | str | timedelta) -> Duration:
+        """Read it.
+
+        Args:
+            value: a number of seconds; a ``timedelta``; or text: ``30s``, ``1h30m``, ``1.5h``,
+                ``2d``, ``250ms``, with units ``w d h m s ms`` from large to small; ``00:30:00`` (hours,
+                minutes, seconds, with days in front as ``2-12:00:00`` or ``2:12:00:00``).
+
+        Raises:
+            ValueError: it is none of these, or below zero.
+        """
         if isinstance(value, Duration):
             text = value.text
         else:
@@ -80,20 +82,22 @@ class Size(int):
 
     It computes and compares as the number of its bytes.
 
-    Args:
-        value: a number of bytes, or text: ``512MiB``, ``1.5GiB`` (powers of 1024), ``2GB`` (powers
-            of 1000). Upper and lower case mean the same.
-
     Attributes:
         text: what was given.
-
-    Raises:
-        ValueError: it is neither, below zero, or no whole number of bytes.
     """
 
     text: str
 
     def __new__(cls, value: float | str) -> Size:
+        """Read it.
+
+        Args:
+            value: a number of bytes, or text: ``512MiB``, ``1.5GiB`` (powers of 1024), ``2GB``
+                (powers of 1000). Upper and lower case mean the same.
+
+        Raises:
+            ValueError: it is neither, below zero, or no whole number of bytes.
+        """
         number = _bytes(value)
         if number is None or number < 0:
             raise ValueError(f"{_shown(value)} is not a size: write 512MiB, 2GB or bytes")
