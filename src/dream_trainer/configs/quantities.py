@@ -37,8 +37,8 @@ class Duration(float):
 
         Args:
             value: a number of seconds; a ``timedelta``; or text: ``30s``, ``1h30m``, ``1.5h``,
-                ``2d``, ``250ms``, with units ``w d h m s ms`` from large to small; ``00:30:00`` (hours,
-                minutes, seconds, with days in front as ``2-12:00:00`` or ``2:12:00:00``).
+                ``2d``, ``250ms``, with units ``w d h m s ms`` from large to small; ``00:30:00``
+                (hours, minutes, seconds, with days in front as ``2-12:00:00`` or ``2:12:00:00``).
 
         Raises:
             ValueError: it is none of these, or below zero.
