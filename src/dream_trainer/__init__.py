@@ -17,11 +17,12 @@ if TYPE_CHECKING:
         ProgressBar,
     )
     from dream_trainer.checkpointing import Checkpointer, export_checkpoint
-    from dream_trainer.cli import DreamCLI
+    from dream_trainer.cli import Command, DreamCLI
     from dream_trainer.configs import (
         CheckpointParameters,
         DeviceParameters,
         Duration,
+        Link,
         Size,
         TrainingParameters,
     )
@@ -49,11 +50,12 @@ _HOMES = {
         "ProgressBar",
     ),
     "checkpointing": ("Checkpointer", "export_checkpoint"),
-    "cli": ("DreamCLI",),
+    "cli": ("Command", "DreamCLI"),
     "configs": (
         "CheckpointParameters",
         "DeviceParameters",
         "Duration",
+        "Link",
         "Size",
         "TrainingParameters",
     ),
@@ -81,6 +83,7 @@ __all__ = [
     "CheckpointCallback",
     "CheckpointParameters",
     "Checkpointer",
+    "Command",
     "DeviceParameters",
     "DreamCLI",
     "DreamFabric",
@@ -89,6 +92,7 @@ __all__ = [
     "DreamWorld",
     "Duration",
     "LearningRateMonitor",
+    "Link",
     "MeshStrategy",
     "MetricLogger",
     "ProgressBar",

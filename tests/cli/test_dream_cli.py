@@ -286,7 +286,7 @@ def test_a_configuration_with_something_missing_can_be_printed_and_not_run(
     with pytest.raises(SystemExit) as end:
         DreamCLI(Required, ["fit"])
     assert end.value.code == 2
-    assert "--width has no value and no default" in capsys.readouterr().err
+    assert "--width: has no value and no default" in capsys.readouterr().err
 
 
 def test_help_shows_the_words_under_the_fields(capsys: pytest.CaptureFixture[str]) -> None:
@@ -298,7 +298,7 @@ def test_help_shows_the_words_under_the_fields(capsys: pytest.CaptureFixture[str
     assert "--lr LR Learning rate. (type: float, default: 0.001)" in text
     assert "--net.hidden HIDDEN Width of the hidden layer. (type: int | null, default: 8)" in text
     assert "--training_parameters.n_epochs N_EPOCHS Epochs to train." in text
-    assert "defaults < files, in the order given < options" in text
+    assert "defaults < files, in the order given < presets < environment" in text
 
 
 # ---------------------------------------------------------------------- what is refused
@@ -332,8 +332,8 @@ def test_no_command_and_an_unknown_one_print_the_usage(capsys: pytest.CaptureFix
         ("--config", "--config: the name of a file is missing"),
         ("--config gone.yaml", "gone.yaml: there is no such file"),
         ("--config .", ".: cannot be read (Is a directory)"),
-        ("--callbacks.x Nothing", "--callbacks: "),
-        ("--callbacks.lr.decay 3", "--callbacks: "),
+        ("--callbacks.x Nothing", "--callbacks.x: "),
+        ("--callbacks.lr.decay 3", "--callbacks.lr.decay: "),
         ("--training_parameters.n_epochs 0", "training_parameters: n_epochs=0 is not a whole"),
         ("--experiment a/b", "Config: experiment='a/b' is not a folder name"),
     ],
@@ -351,13 +351,16 @@ def test_a_wrong_option_is_one_short_message(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("nope: 3", "bad.yaml: there is no nope"),
-        ("net: {hiden: 3}", "bad.yaml: there is no net.hiden; did you mean net.hidden?"),
-        ("net: {hidden: many}", "bad.yaml: net.hidden: expected int or null, got 'many'"),
-        ("net: {\nhidden: ]", "bad.yaml: line 2, column 9: broken YAML"),
+        ("lr: 1\nnope: 3", "bad.yaml:2: there is no nope"),
+        ("net: {hiden: 3}", "bad.yaml:1: there is no net.hiden; did you mean net.hidden?"),
+        ("net: {hidden: many}", "bad.yaml:1: net.hidden: expected int or null, got 'many'"),
+        ("net: {\nhidden: ]", "bad.yaml:2: broken YAML, column 9"),
         ("- 1\n- 2", "bad.yaml: is not a mapping"),
-        ("callbacks: {x: {class_path: gone.Callback}}", "bad.yaml: callbacks: "),
-        ("callbacks: {x: {class_path: ProgressBar, init_args: {a: 1}}}", "bad.yaml: callbacks: "),
+        ("callbacks: {x: {class_path: gone.Callback}}", "bad.yaml:1: callbacks.x: "),
+        (
+            "callbacks: {x: {class_path: ProgressBar, init_args: {a: 1}}}",
+            "bad.yaml:1: callbacks.x.a: ",
+        ),
     ],
 )
 def test_a_wrong_file_is_named(text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

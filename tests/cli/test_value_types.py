@@ -46,9 +46,9 @@ class Values:
 def parsed(*options: str, file: str = "") -> tuple[Values, dict[str, Any], str]:
     """The values, what is printed of them as data, and the text."""
     parser = ConfigParser(Values, "test")
-    namespace = parser.parse([*options, *(["--config", file] if file else [])])
+    namespace = parser.parse([*options, *(["--config", file] if file else [])]).namespace
     text = parser.dump(namespace, {})
-    return parser.instantiate(namespace), load_yaml(text), text
+    return parser.instantiate(namespace)[0], load_yaml(text), text
 
 
 def both_ways(tmp_path: Path, name: str, written: str) -> list[tuple[Any, Any]]:
@@ -170,7 +170,7 @@ def test_a_parsed_timedelta_is_one_and_keeps_its_text_when_it_is_copied() -> Non
     for one in (copy.deepcopy(delta), pickle.loads(pickle.dumps(delta))):
         assert one == timedelta(seconds=90)
         parser = ConfigParser(Values, "test")
-        assert "delta: 90s\n" in parser.dump(parser.parse([]), {"delta": one})
+        assert "delta: 90s\n" in parser.dump(parser.parse([]).namespace, {"delta": one})
 
 
 def test_the_parameters_of_a_run_take_and_print_them(tmp_path: Path) -> None:
@@ -180,8 +180,8 @@ def test_the_parameters_of_a_run_take_and_print_them(tmp_path: Path) -> None:
     options = ["--training_parameters.max_time=30m", "--training_parameters.grace_seconds=25",
                "--training_parameters.train_steps_per_epoch=1.0",
                "--training_parameters.val_steps_per_epoch=1"]  # fmt: skip
-    namespace = parser.parse(["--config", str(path), *options])
-    config = parser.instantiate(namespace)
+    namespace = parser.parse(["--config", str(path), *options]).namespace
+    config, _ = parser.instantiate(namespace)
     training, device = config.training_parameters, config.device_parameters
     assert (training.max_time, training.grace_seconds, device.timeout_seconds) == (1800, 25, 5400)
     for text in (parser.dump(namespace, {}), config_yaml(config)):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dream_trainer.cli.commands import command_parser
+from dream_trainer.cli.commands import COMMANDS, command_parser, own_options
 from dream_trainer.cli.source_options import TrainerSource
 from dream_trainer.cli.targets import named_trainer, started_script, targets, trainer_of_script
 
@@ -15,16 +15,10 @@ PROGRAM = "dream-trainer"
 #: Options of all commands that read a configuration, which no dataclass has.
 _CONFIG_OPTIONS = {
     "--config": "YAML file of options; may be repeated, later files win",
-    "--preset": "a function of the trainer's author that changes the configuration",
     "--print_config": "print the complete configuration and stop",
     "--help": "list all options",
 }
-_PLAN_OPTIONS = {
-    "--ranks": "processes of the run, one per device",
-    "--ranks_per_node": "of them on one machine",
-    "--json": "numbers for programs",
-}
-_FLAGS = {"--print_config", "--help", "-h", "--json"}
+_FLAGS = {"--print_config", "--help", "-h"}
 
 
 @dataclass
@@ -80,7 +74,10 @@ def _of_command(
             trainer = trainer_of_script(script, folder)
         else:
             trainer = named_trainer(words.pop(0), folder) if positions else None
-        return _ConfigCandidates(options, _command(parser) == "plan", trainer).of(words)
+        command = COMMANDS.get(name := _command(parser))
+        own = own_options(command, name)._actions if command is not None else []
+        options |= {name: one for one in own for name in one.option_strings}
+        return _ConfigCandidates(options, trainer).of(words)
     *before, last = words
     while before:
         word = before.pop(0)
@@ -119,12 +116,10 @@ class _ConfigCandidates:
 
     Args:
         declared: options of the command itself.
-        plans: whether it is ``plan``.
         trainer: None if the source does not tell.
     """
 
     declared: Mapping[str, argparse.Action]
-    plans: bool
     trainer: TrainerSource | None
 
     def of(self, words: Sequence[str]) -> Candidates:
@@ -145,7 +140,7 @@ class _ConfigCandidates:
         found: dict[str, str] = {}
         if not above:
             found |= {name: one.help or "" for name, one in self.declared.items() if _shown(one)}
-            found |= _CONFIG_OPTIONS | (_PLAN_OPTIONS if self.plans else {})
+            found |= _CONFIG_OPTIONS
         for one in self.trainer.options(above, given) if self.trainer else ():
             path = f"{above}.{one.name}".lstrip(".")
             if one.values.is_section:
@@ -157,11 +152,12 @@ class _ConfigCandidates:
         return found
 
     def _values(self, option: str, given: Mapping[str, str]) -> Candidates:
+        if option == "--preset":
+            return Candidates(dict.fromkeys(self.trainer.presets() if self.trainer else (), ""))
         if option in self.declared:
             return _of_action(self.declared[option])
-        if option in _CONFIG_OPTIONS or (self.plans and option in _PLAN_OPTIONS):
-            presets = self.trainer.presets() if option == "--preset" and self.trainer else ()
-            return Candidates(dict.fromkeys(presets, ""), files=option == "--config")
+        if option in _CONFIG_OPTIONS:
+            return Candidates(files=option == "--config")
         if self.trainer is None:
             return Candidates(files=True)
         one = self.trainer.option(option.removeprefix("--"), given)

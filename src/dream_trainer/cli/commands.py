@@ -3,49 +3,149 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dream_trainer.cli.checkpoints import add_checkpoints_command
 from dream_trainer.cli.completion import add_completion_command
 from dream_trainer.cli.export import add_export_command
-from dream_trainer.cli.plan import PLAN_HELP
+from dream_trainer.cli.plan import PLAN_HELP, add_plan_options, plan, require_ranks
 from dream_trainer.cli.report import add_report_command
+from dream_trainer.cli.verify_resume import (
+    VERIFY_RESUME_HELP,
+    add_verify_resume_options,
+    run_verify_resume,
+)
 from dream_trainer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dream_trainer.cli.dream_cli import DreamCLI
 
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand that runs one method of a trainer.
+    """A subcommand that takes a configuration.
 
     Args:
         help: one line for ``--help``.
-        run: what it does; the result is kept as ``DreamCLI.result``.
+        run: what it does, given the `DreamCLI`; the result is kept as ``DreamCLI.result``.
+        add_options: adds options of its own to an argparse parser; ``DreamCLI.own`` has their
+            values.
+        makes_trainer: whether there is a trainer before it runs.
+        check: given the values of its own options, raises `ConfigError`.
     """
 
     help: str
-    run: Callable[[Any], Any]
+    run: Callable[[DreamCLI], Any]
+    add_options: Callable[[argparse.ArgumentParser], object] | None = None
+    makes_trainer: bool = True
+    check: Callable[[argparse.Namespace], object] | None = None
 
 
-def _validate(trainer: Any) -> dict[str, float]:
-    if not hasattr(trainer, "validate"):
-        raise ConfigError("validate", [f"{type(trainer).__name__} has no method of that name"])
-    results: dict[str, float] = trainer.validate()
-    for name, value in results.items():
-        trainer.world.print(f"{name} {value}")
-    return results
+def _method(name: str) -> Callable[[DreamCLI], Any]:
+    def run(cli: DreamCLI) -> Any:
+        method = getattr(cli.trainer, name, None)
+        if method is None:
+            raise ConfigError(name, [f"{type(cli.trainer).__name__} has no method of that name"])
+        return method()
+
+    return run
 
 
-COMMANDS = {
-    "fit": Command(
-        "train; a run that was interrupted goes on where it stopped", lambda trainer: trainer.fit()
+def _print_results(method: Callable[[DreamCLI], Any]) -> Callable[[DreamCLI], Any]:
+    def run(cli: DreamCLI) -> Any:
+        results = method(cli)
+        for name, value in results.items():
+            cli.trainer.world.print(f"{name} {value}")
+        return results
+
+    return run
+
+
+def _predict(cli: DreamCLI) -> Any:
+    import torch
+
+    path = _output_of_rank(cli)
+    predictions = _method("predict")(cli)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(predictions, path)
+        print(f"{path}: {len(predictions)} batches")
+    return predictions
+
+
+def _output_of_rank(cli: DreamCLI) -> Path | None:
+    """Where this rank writes; refused before anything is predicted."""
+    if cli.own.output is None:
+        return None
+    path, world = Path(cli.own.output), cli.trainer.world
+    world.launch()
+    if world.size > 1:
+        path = path.with_name(f"{path.stem}.rank-{world.rank}{path.suffix}")
+    if path.exists():
+        raise ConfigError(str(path), ["is there already"], "Choose another --output, or move it.")
+    return path
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="write the predictions there with torch.save, a list with an entry a batch; several "
+        "ranks write FILE.rank-N of what was theirs",
+    )
+
+
+_THEN = ("validate", "test", "predict")
+
+
+def _add_then(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--then",
+        choices=_THEN,
+        help="what follows on the same trainer, unless it was interrupted",
+    )
+
+
+def _fit(cli: DreamCLI) -> Any:
+    cli.trainer.fit()
+    if cli.own.then is None or not _goes_on(cli.trainer):
+        return None
+    cli.own.output = None
+    return cli.commands[cli.own.then].run(cli)
+
+
+def _goes_on(trainer: Any) -> bool:
+    return not getattr(trainer, "is_brought_back", False)
+
+
+COMMANDS: Mapping[str, Command] = {
+    "fit": Command("train; a run that was interrupted goes on where it stopped", _fit, _add_then),
+    "validate": Command(
+        "validate once, on the state that fit would continue from",
+        _print_results(_method("validate")),
     ),
-    "validate": Command("validate once, on the state that fit would continue from", _validate),
+    "test": Command(
+        "run test_step over test_dataloader, on the state that fit would continue from",
+        _print_results(_method("test")),
+    ),
+    "predict": Command(
+        "run predict_step over predict_dataloader, on the state that fit would continue from",
+        _predict,
+        _add_output,
+    ),
+    "verify-resume": Command(
+        VERIFY_RESUME_HELP, run_verify_resume, add_verify_resume_options, makes_trainer=False
+    ),
+    "plan": Command(PLAN_HELP, plan, add_plan_options, makes_trainer=False, check=require_ranks),
 }
 
 
-def command_parser(prog: str, target: bool) -> argparse.ArgumentParser:
+def command_parser(
+    prog: str, target: bool, commands: Mapping[str, Command] = COMMANDS
+) -> argparse.ArgumentParser:
     """A parser of the first words of a command line.
 
     It is plain argparse, so that its ``--help`` loads nothing else.
@@ -53,6 +153,7 @@ def command_parser(prog: str, target: bool) -> argparse.ArgumentParser:
     Args:
         prog: the program's name.
         target: whether the word after the subcommand names a trainer class.
+        commands: those that take a configuration.
     """
     words = "COMMAND MODULE:CLASS" if target else "COMMAND"
     parser = argparse.ArgumentParser(
@@ -61,14 +162,13 @@ def command_parser(prog: str, target: bool) -> argparse.ArgumentParser:
         usage=f"{prog} [--help] {words} [options]",
         epilog=f"'{prog} {words} --help' lists the options of a command.",
     )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    helps = {name: command.help for name, command in COMMANDS.items()} | {"plan": PLAN_HELP}
-    for name, words_of_help in helps.items():
-        one = commands.add_parser(
+    made = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in commands.items():
+        one = made.add_parser(
             name,
             prog=f"{prog} {name}",
-            help=words_of_help,
-            description=words_of_help,
+            help=command.help,
+            description=command.help,
             allow_abbrev=False,
             usage=f"{prog} {name} {'MODULE:CLASS ' if target else ''}[options]",
         )
@@ -80,8 +180,85 @@ def command_parser(prog: str, target: bool) -> argparse.ArgumentParser:
                 "with --help after it, its options are listed",
             )
     if target:
-        add_checkpoints_command(commands, prog)
-        add_report_command(commands, prog)
-        add_export_command(commands, prog)
-        add_completion_command(commands, prog)
+        add_checkpoints_command(made, prog)
+        add_report_command(made, prog)
+        add_export_command(made, prog)
+        add_completion_command(made, prog)
     return parser
+
+
+class _OwnOptions(argparse.ArgumentParser):
+    """Options of a subcommand. A field of the same name takes the place of one."""
+
+    fields: Collection[str] = ()
+
+    def add_argument(self, *flags: Any, **options: Any) -> Any:
+        hidden = [flag for flag in flags if str(flag).removeprefix("--") in self.fields]
+        if not hidden:
+            return super().add_argument(*flags, **options)
+        is_flag = options.get("action") == "store_true"
+        self.set_defaults(
+            **{hidden[0].removeprefix("--"): options.get("default", False if is_flag else None)}
+        )
+        return None
+
+
+def own_options(
+    command: Command, prog: str, fields: Collection[str] = ()
+) -> argparse.ArgumentParser:
+    """A parser of the options that belong to a subcommand itself.
+
+    Args:
+        command: the subcommand.
+        prog: how it is called.
+        fields: of the configuration. One of them takes the place of an option of its name.
+    """
+    parser = _OwnOptions(
+        prog=prog,
+        usage=f"{prog} [options] [options of the configuration]",
+        description=command.help,
+        add_help=False,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.fields = fields
+    parser.add_argument(
+        "--preset",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a function of the trainer's author that changes the configuration: debug (one batch "
+        "of everything), overfit, and the trainer's own; may be repeated",
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
+    if command.add_options is not None:
+        command.add_options(parser)
+    return parser
+
+
+def split_own_options(
+    command: Command, words: Sequence[str], prog: str, fields: Collection[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """The options of a subcommand itself, and the words that are left for the configuration.
+
+    ``--help`` among those prints the help of the first part here.
+
+    Args:
+        command: the subcommand.
+        words: behind its name.
+        prog: how it is called.
+        fields: of the configuration.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    parser = own_options(command, prog, fields)
+    try:
+        given, rest = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise ConfigError(error.argument_name or "options", [error.message]) from None
+    if {"-h", "--help"} & set(rest):
+        print(parser.format_help())
+    elif command.check is not None and "--print_config" not in rest:
+        command.check(given)
+    return given, rest

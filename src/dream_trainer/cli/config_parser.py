@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -16,16 +18,42 @@ from jsonargparse import (
     set_parsing_settings,
 )
 
-from dream_trainer.cli.config_files import merge_files, read_files
-from dream_trainer.cli.explanations import explained
+from dream_trainer.cli.class_switch import class_of_default, switch_classes
+from dream_trainer.cli.config_files import Given, read_file, read_section
+from dream_trainer.cli.explanations import Explainer, Mistake, mistakes_of, raise_all
+from dream_trainer.cli.given_options import GivenOption, Input, of_command_line, of_environment
 from dream_trainer.cli.value_types import register_value_types
+from dream_trainer.configs import Link
 from dream_trainer.configs.yaml_text import dump_yaml, load_yaml
 from dream_trainer.errors import ConfigError
 
+ENVIRONMENT_PREFIX = "DREAM_TRAINER_"
+PRECEDENCE = (
+    "Precedence: defaults < files, in the order given < presets < environment "
+    f"({ENVIRONMENT_PREFIX}TRAINING_PARAMETERS__MAX_STEPS) < options."
+)
 _FAILED = object()
+_PRINT = "print_config"
 _MODE = "dream_trainer_yaml"
+#: A line of them has more wrong than anybody reads at once; each costs some runs of the parser.
+_MOST_MISTAKES = 20
 set_loader(_MODE, load_yaml, (yaml.YAMLError,))
 set_dumper(_MODE, dump_yaml)
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A command line that can be made a configuration.
+
+    Args:
+        namespace: all options, complete, as plain data.
+        options: those that variables and the command line set.
+        notes: a line about each class that took the place of another one.
+    """
+
+    namespace: Namespace
+    options: Sequence[GivenOption]
+    notes: Sequence[str]
 
 
 class ConfigParser:
@@ -34,9 +62,17 @@ class ConfigParser:
     Args:
         config_class: the dataclass; every field becomes an option.
         prog: the command, for help and usage.
+        links: values that follow from others.
+        add_arguments: given the jsonargparse parser, to add options that are no fields.
     """
 
-    def __init__(self, config_class: type, prog: str) -> None:
+    def __init__(
+        self,
+        config_class: type,
+        prog: str,
+        links: Iterable[Link] = (),
+        add_arguments: Callable[[ArgumentParser], object] | None = None,
+    ) -> None:
         register_value_types()
         set_parsing_settings(
             docstring_parse_attribute_docstrings=True,
@@ -47,8 +83,8 @@ class ConfigParser:
         self._config_class = config_class
         self._parser = ArgumentParser(
             prog=prog,
-            usage=f"{prog} [--config FILE ...] [--print_config] [options]",
-            description="Precedence: defaults < files, in the order given < options.",
+            usage=f"{prog} [--config FILE ...] [--preset NAME ...] [--print_config] [options]",
+            description=PRECEDENCE,
             allow_abbrev=False,
             exit_on_error=False,
             default_env=False,
@@ -58,30 +94,46 @@ class ConfigParser:
             "--config",
             action="config",
             metavar="FILE",
-            help="YAML file of options; may be repeated, later files win.",
+            help="YAML file of options; may be repeated, later files win. Its key _base_ names "
+            "files that it is laid over. A section can have a file: --training_parameters a.yaml",
         )
         self._parser.add_class_arguments(config_class)
+        if add_arguments is not None:
+            add_arguments(self._parser)
+        for link in links:
+            self._link(link)
+        self._defaults = self._parser.get_defaults(skip_validation=True)
+        self._known = list(self._defaults.keys())
+        self._sections = {
+            name for name in self._known if isinstance(self._defaults.get(name), dict)
+        } | {name for name, value in self._defaults.items(branches=True) if _is_section(value)}
 
-    def parse(self, args: Sequence[str]) -> Namespace:
-        """All options, complete, as plain data. ``--print_config`` and ``--help`` end here.
+    def parse(self, args: Sequence[str]) -> Parsed:
+        """All options. ``--print_config`` and ``--help`` end here.
 
         Raises:
-            ConfigError: naming the option, or the file and key.
+            ConfigError: naming the file and line, the variable or the option of every mistake.
         """
-        paths, options = _split(args)
-        files = {path: self._sections(path, text) for path, text in read_files(paths).items()}
+        if asked := _help_in(args):
+            self._parser.parse_args(asked)  # ends the program
+        mistakes: list[Mistake] = []
+        paths, words = _split(args, mistakes)
+        options = of_command_line(words)
+        prints = [one for one in options if one.name == _PRINT]
+        options = [one for one in options if one not in prints]
+        files, options = self._files(paths, options, mistakes)
         try:
-            # As one file in front of all options: jsonargparse lets a file win over an option
-            # that stands before it.
-            return self._parser.parse_args([*self._as_options(merge_files(files)), *options])
-        except argparse.ArgumentError as error:
-            known = self._parser.get_defaults(skip_validation=True).keys()
-            raise explained(str(error), files, options, known, self._parser.prog) from None
-        except (ValueError, OSError, RecursionError) as error:
-            raise ConfigError("options", [f"{type(error).__name__}: {error}"]) from None
+            options = [*of_environment(os.environ, ENVIRONMENT_PREFIX, self._known), *options]
+        except ConfigError as error:
+            mistakes += mistakes_of(error)
+        switched = switch_classes(Input(files, options), self._defaults.get, self._find_class)
+        # jsonargparse would carry the defaults of the old class over to the new one.
+        self._parser.set_defaults(dict.fromkeys(switched.names))
+        namespace = self._checked(switched.given, mistakes, prints)
+        return Parsed(namespace, switched.given.options, switched.notes)
 
-    def instantiate(self, namespace: Namespace) -> Any:
-        """The configuration.
+    def instantiate(self, namespace: Namespace) -> tuple[Any, Namespace]:
+        """The configuration, and everything else that was parsed.
 
         Raises:
             ConfigError: with the problems of every part of it.
@@ -101,44 +153,146 @@ class ConfigParser:
             return _FAILED
 
         parts = self._parser.instantiate(namespace, instantiators=[(make, object, True)])
-        fields = (f.name for f in dataclasses.fields(self._config_class) if f.init)
+        fields = [f.name for f in dataclasses.fields(self._config_class) if f.init]
         config = make(self._config_class, **{n: parts[n] for n in fields if n in parts})
-        if len(errors) == 1:
-            raise errors[0]
-        if errors:
-            problems = [f"{error.place}: {one}" for error in errors for one in error.problems]
-            raise ConfigError(self._config_class.__name__, problems)
-        return config
+        raise_all([one for error in errors for one in mistakes_of(error)])
+        return config, parts
 
     def dump(self, namespace: Namespace, replace: Mapping[str, Any]) -> str:
-        """What ``--print_config`` prints, with some top-level values replaced."""
+        """What ``--print_config`` prints, with some values replaced by dotted name."""
         complete = namespace.clone()
         for name, value in replace.items():
             complete[name] = value
         return str(self._parser.dump(complete, skip_unset=False, skip_validation=True))
 
-    def _sections(self, path: str, content: dict[str, Any]) -> dict[str, Any]:
-        """A file's content, where a section with nothing in it counts as left out."""
-        defaults = self._parser.get_defaults(skip_validation=True)
-        sections = {name for name in content if isinstance(defaults.get(name), Namespace)}
+    def _link(self, link: Link) -> None:
+        try:
+            self._parser.link_arguments(
+                link.source, link.target, link.compute, apply_on=link.apply_on
+            )
+        except ValueError as error:
+            raise ConfigError(
+                f"the link from {link.source} to {link.target}", [str(error)]
+            ) from None
+
+    def _files(
+        self, paths: Sequence[str], options: Sequence[GivenOption], mistakes: list[Mistake]
+    ) -> tuple[Given, list[GivenOption]]:
+        """What files set, those of sections too, and the options that name no file."""
+        files, others = Given(), []
+
+        def lay(read: Callable[..., Given], *args: Any) -> None:
+            nonlocal files
+            try:
+                above = read(*args, self._sections)
+                self._require_sections(above)
+                files = above.over(files)
+            except ConfigError as error:
+                mistakes.extend(mistakes_of(error))
+
+        for path in paths:
+            lay(read_file, path)
+        for one in options:
+            if one.name in self._sections and _is_path(one.value):
+                lay(read_section, one.value, one.name)
+            else:
+                others.append(one)
+        for name in self._sections & files.content.keys():
+            if files.content[name] is None:  # a section with nothing in it counts as left out
+                del files.content[name]
+        return files, others
+
+    def _require_sections(self, given: Given) -> None:
         odd = [
-            f"{name}: expected a mapping of options, got {content[name]!r}"
-            for name in sections
-            if not isinstance(content[name], (dict, str, type(None)))
+            f"{name}: expected a mapping of options, got {given.content[name]!r}"
+            for name in sorted(self._sections & given.content.keys())
+            if not isinstance(given.content[name], (dict, type(None)))
         ]
         if odd:
-            raise ConfigError(path, odd)
-        return {k: v for k, v in content.items() if not (k in sections and v is None)}
+            raise ConfigError(next(iter(given.places.values())).rpartition(":")[0], odd)
+
+    def _find_class(self, option: str, name: str, given: Input) -> tuple[str, set[str]] | None:
+        """The dotted name of a class and its arguments, if an option takes it."""
+        default = self._defaults.get(option)
+        if default is not None and class_of_default(default) is None:
+            return None
+        if option in self._known:
+            self._parser.set_defaults({option: None})
+        files = given.files.without(option.split("."))
+        others = [one for one in given.options if not f"{one.name}.".startswith(f"{option}.")]
+        probe = GivenOption(option, (f"--{option}={name}",), option)
+        found = self._try(Input(files, [*others, probe]))
+        if isinstance(found, Exception):
+            return None
+        spec = found.get(option)
+        if spec is None and "." in option:
+            above, _, entry = option.rpartition(".")
+            mapping = found.get(above)
+            spec = mapping.get(entry) if isinstance(mapping, dict) else None
+        if not isinstance(spec, Namespace) or "class_path" not in spec:
+            return None
+        arguments = spec.get("init_args")
+        return spec["class_path"], set(arguments.keys() if arguments is not None else ())
+
+    def _checked(
+        self, given: Input, mistakes: list[Mistake], prints: Sequence[GivenOption]
+    ) -> Namespace:
+        """Parse, and if that fails again without what was wrong, until all of it is known.
+
+        jsonargparse stops at the first mistake.
+        """
+        explainer = Explainer(self._known, self._parser.prog, self._try)
+        while isinstance(parsed := self._try(given), Exception):
+            found, rest = explainer.explain(parsed, given)
+            # What was dropped as wrong is not missing.
+            wrong = {one.key for one in mistakes}
+            mistakes += [one for one in found if not one.is_missing or one.key not in wrong]
+            if rest is None or len(mistakes) >= _MOST_MISTAKES:
+                break
+            given = rest
+        if prints and all(one.is_missing for one in mistakes):
+            # What is missing is to be filled in; this ends the program.
+            self._parser.parse_args([*self._words(given), *prints[-1].words])
+        raise_all([*mistakes, *(self._section_problems(parsed) if mistakes else ())])
+        assert isinstance(parsed, Namespace)
+        return parsed
+
+    def _try(self, given: Input) -> Namespace | Exception:
+        try:
+            return self._parser.parse_args(self._words(given))
+        except (argparse.ArgumentError, ValueError, OSError, RecursionError, TypeError) as error:
+            return error
+
+    def _words(self, given: Input) -> list[str]:
+        # Files first: jsonargparse lets a file win over an option that stands before it.
+        words = [word for one in given.options for word in one.words]
+        return [*self._as_options(given.files.content), *words]
+
+    def _section_problems(self, namespace: object) -> list[Mistake]:
+        """What the sections that are plain data say of their own values."""
+        found = []
+        for field in dataclasses.fields(self._config_class):
+            value = namespace.get(field.name) if isinstance(namespace, Namespace) else None
+            made = type(default) if (default := _default_of(field)) is not None else None
+            if not (isinstance(value, Namespace) and dataclasses.is_dataclass(made)):
+                continue
+            plain = {key: entry for key, entry in value.items() if not key.count(".")}
+            try:
+                made(**plain)
+            except ConfigError as error:
+                found += mistakes_of(error)
+            except (TypeError, ValueError):
+                continue  # holds a class that is not made yet
+        return found
 
     def _as_options(self, content: dict[str, Any]) -> list[str]:
         """What stands in files, as options that can be put in front of the others."""
-        defaults = self._parser.get_defaults(skip_validation=True)
         merged = [
             f"--{name}.{key}={value if isinstance(value, str) else _one_document(value)}"
             for name, entries in content.items()
             # A file replaces a mapping, an option for one key of it leaves the others alone.
             if isinstance(entries, dict)
-            and isinstance(default := defaults.get(name), dict)
+            and isinstance(default := self._defaults.get(name), dict)
             and default
             for key, value in entries.items()
         ]
@@ -147,16 +301,42 @@ class ConfigParser:
         return [*(["--config", dump_yaml(rest)] if rest else []), *merged]
 
 
+def _is_section(value: object) -> bool:
+    return isinstance(value, Namespace) and "class_path" not in value
+
+
+def _is_path(value: str | None) -> bool:
+    return value is not None and value.endswith((".yaml", ".yml", ".json"))
+
+
+def _default_of(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
+
+
 def _one_document(value: Any) -> str:
     return dump_yaml(value).removesuffix("...\n").strip()
 
 
-def _split(args: Sequence[str]) -> tuple[list[str], list[str]]:
+def _help_in(args: Sequence[str]) -> list[str]:
+    """The words that ask for help, which no mistake in others should withhold."""
+    for position, word in enumerate(args):
+        name, equals, _ = word.partition("=")
+        if word in ("-h", "--help"):
+            return ["--help"]
+        if name.startswith("--") and name.endswith(".help"):
+            return [word] if equals else list(args[position : position + 2])
+    return []
+
+
+def _split(args: Sequence[str], mistakes: list[Mistake]) -> tuple[list[str], list[str]]:
     """Paths of ``--config``, and the other words in their order."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", action="append", default=[])
     try:
         found, others = parser.parse_known_args(args)
     except argparse.ArgumentError:
-        raise ConfigError("--config", ["the name of a file is missing"]) from None
+        mistakes.append(Mistake("--config", "the name of a file is missing"))
+        return [], [word for word in args if word != "--config"]
     return found.config, others

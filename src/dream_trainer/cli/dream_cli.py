@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from dream_trainer.cli.commands import COMMANDS, command_parser
+from dream_trainer.cli.commands import COMMANDS, Command, command_parser, split_own_options
+from dream_trainer.cli.config_class import config_class_of
 from dream_trainer.cli.messages import exit_statuses, first_rank_speaks
-from dream_trainer.cli.plan import plan, split_plan_options
 
 if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
     from dream_trainer.trainer import AbstractTrainer
 
 
@@ -24,6 +27,8 @@ class DreamCLI:
         if __name__ == "__main__":
             DreamCLI(MyTrainer)
 
+    A subclass can have more options (`add_arguments`) and more subcommands (``commands``).
+
     Args:
         trainer_class: an `AbstractTrainer`.
         args: the words after the program's name; ``sys.argv`` without them.
@@ -31,15 +36,22 @@ class DreamCLI:
         prog: how the program is called in help and messages, ``{}`` for the subcommand.
 
     Attributes:
+        trainer_class: as it was given.
         subcommand: the name of the subcommand.
         config: the configuration.
-        trainer: the trainer, made from ``config``; None for ``plan``, which makes its own.
+        arguments: all that was parsed, with the options of `add_arguments`, as objects.
+        own: the options of the subcommand itself.
+        trainer: the trainer, made from ``config``; None for ``plan`` and ``verify-resume``, which
+            make their own.
         result: what the subcommand returned; None before it has run.
 
     Raises:
         SystemExit: with status 2 if the configuration cannot work, 1 if a checkpoint cannot be
             used, 130 after Ctrl-C; 0 after ``--help`` and ``--print_config``.
     """
+
+    commands: ClassVar[Mapping[str, Command]] = COMMANDS
+    """Subcommands by name; a subclass has ``{**DreamCLI.commands, "mine": Command(...)}``."""
 
     def __init__(
         self,
@@ -49,42 +61,69 @@ class DreamCLI:
         *,
         prog: str | None = None,
     ) -> None:
+        self.trainer_class: Any = trainer_class
+        self.trainer: Any = None
         self.result: Any = None
         words = list(sys.argv[1:] if args is None else args)
         prog = prog or f"{Path(sys.argv[0]).name} {{}}"
-        with exit_statuses(prog.partition(" ")[0]):
-            self._parse(trainer_class, words, prog)
-            if self.subcommand == "plan":
-                # For a trainer of this process the devices of the run would have to be here.
-                self.trainer = None
-                if run:
-                    self.result = plan(trainer_class, self.config, self._plan_options)
-                return
-            self.trainer = trainer_class(self.config)
-            if hasattr(self.trainer, "describe_config"):
-                self.trainer.describe_config = self._describe
+        with exit_statuses(prog.partition(" ")[0], with_traceback="--debug" in words):
+            self._parse(words, prog)
+            command = self.commands[self.subcommand]
+            # For a trainer of this process the devices of the run would have to be here.
+            if command.makes_trainer:
+                self.trainer = trainer_class(self.config)
+                if hasattr(self.trainer, "describe_config"):
+                    self.trainer.describe_config = self._describe
             if run:
-                self.result = COMMANDS[self.subcommand].run(self.trainer)
+                self.result = command.run(self)
 
-    def _parse(self, trainer_class: type[AbstractTrainer], words: list[str], prog: str) -> None:
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        """Add options that are no fields of the configuration, or links, to the parser.
+
+        Their values are in ``arguments``, in ``--print_config`` and in the run's ``config.yaml``.
+        """
+
+    def _parse(self, words: list[str], prog: str) -> None:
         with first_rank_speaks():
             # It looks at the first word alone: the others belong to the subcommand.
-            commands = command_parser(prog.partition(" ")[0], target=False)
+            commands = command_parser(prog.partition(" ")[0], False, self.commands)
             self.subcommand: str = commands.parse_args(words[:1]).command
-            words = words[1:]
-            if self.subcommand == "plan":
-                self._plan_options, words = split_plan_options(words, prog.replace("{}", "plan"))
+            prog = prog.replace("{}", self.subcommand)
+            config_class = config_class_of(self.trainer_class)
+            self.own, words = split_own_options(
+                self.commands[self.subcommand],
+                words[1:],
+                prog,
+                [field.name for field in dataclasses.fields(config_class)],
+            )
             # Here, because `dream-trainer --help` needs none of it.
-            from dream_trainer.cli.config_class import config_class_of
             from dream_trainer.cli.config_parser import ConfigParser
+            from dream_trainer.cli.presets import with_presets
 
             self._parser = ConfigParser(
-                config_class_of(trainer_class), prog.replace("{}", self.subcommand)
+                config_class,
+                prog,
+                getattr(self.trainer_class, "links", ()),
+                self.add_arguments,
             )
-            self._namespace = self._parser.parse(words)
-        self.config: Any = self._parser.instantiate(self._namespace)
+            prints = "--print_config" in words and bool(self.own.preset)
+            if prints:  # a configuration is printed as the presets leave it
+                words = [word for word in words if word != "--print_config"]
+            parsed = self._parser.parse(words)
+            for line in parsed.notes:
+                print(line, file=sys.stderr)
+        self._namespace = parsed.namespace
+        self.config: Any
+        self.config, self.arguments = self._parser.instantiate(parsed.namespace)
+        self.config, self._changes = with_presets(
+            self.config, self.own.preset, self.trainer_class, parsed.options
+        )
+        if prints:
+            with first_rank_speaks():
+                print(self._parser.dump(self._namespace, self._changes), end="")
+            raise SystemExit(0)
 
     def _describe(self, config: Any) -> str:
         """``config.yaml`` of a run: what was parsed, with the seed and the name it has got."""
         given = {"seed": config.seed, "experiment": config.experiment}
-        return self._parser.dump(self._namespace, given)
+        return self._parser.dump(self._namespace, {**self._changes, **given})

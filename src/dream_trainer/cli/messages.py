@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 
 from dream_trainer.errors import CheckpointError, ConfigError, StateError
@@ -23,7 +24,7 @@ _SECONDS_FOR_RANK_0 = 10.0
 
 
 @contextlib.contextmanager
-def exit_statuses(prog: str) -> Iterator[None]:
+def exit_statuses(prog: str, with_traceback: bool = False) -> Iterator[None]:
     """Ends the program with a message, where a traceback would not help.
 
     2 is a configuration that cannot work, 1 a checkpoint that cannot be used, 130 Ctrl-C. Every
@@ -32,6 +33,8 @@ def exit_statuses(prog: str) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
+        if with_traceback:
+            traceback.print_exc()
         # The launcher's children, and torchrun's ranks, meet the same configuration.
         if launched_rank() == 0:
             print(f"{prog}: error: {error}", file=sys.stderr)
@@ -40,6 +43,8 @@ def exit_statuses(prog: str) -> Iterator[None]:
             time.sleep(_SECONDS_FOR_RANK_0)
         raise SystemExit(2) from None
     except (CheckpointError, StateError) as error:
+        if with_traceback:
+            traceback.print_exc()
         where = f" (rank {rank})" if (rank := launched_rank()) else ""
         print(f"{prog}: error{where}: {error}", file=sys.stderr)
         raise SystemExit(1) from None

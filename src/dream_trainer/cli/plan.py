@@ -6,12 +6,12 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dream_trainer.errors import ConfigError
 
 if TYPE_CHECKING:
+    from dream_trainer.cli.dream_cli import DreamCLI
     from dream_trainer.planning import RunPlan
 
 PLAN_HELP = "tell what the configuration means on any number of ranks; starts and writes nothing"
@@ -19,25 +19,10 @@ PLAN_HELP = "tell what the configuration means on any number of ranks; starts an
 _PLAIN_WIDTH = 100
 
 
-def split_plan_options(words: Sequence[str], prog: str) -> tuple[argparse.Namespace, list[str]]:
-    """The options of ``plan`` itself, and the words that are left for the configuration.
-
-    ``--help`` among those prints the help of the first part here.
-
-    Raises:
-        ConfigError: naming the option.
-    """
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        usage=f"{prog} --ranks N [--ranks_per_node N] [--json] [options of the configuration]",
-        description=PLAN_HELP,
-        add_help=False,
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
-    own = parser.add_argument_group("plan")
-    own.add_argument("--ranks", type=int, metavar="N", help="processes of the run, one per device")
-    own.add_argument(
+def add_plan_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that are no part of a configuration."""
+    parser.add_argument("--ranks", type=int, metavar="N", help="processes of the run, one a device")
+    parser.add_argument(
         "--ranks_per_node",
         "--ranks-per-node",
         type=int,
@@ -45,24 +30,22 @@ def split_plan_options(words: Sequence[str], prog: str) -> tuple[argparse.Namesp
         default=8,
         help="of them on one machine (default: 8)",
     )
-    own.add_argument("--json", action="store_true", help="numbers for programs, in bytes")
-    try:
-        given, rest = parser.parse_known_args(words)
-    except argparse.ArgumentError as error:
-        raise ConfigError(error.argument_name or "options", [error.message]) from None
-    if {"-h", "--help"} & set(rest):
-        print(parser.format_help())
-    elif given.ranks is None and "--print_config" not in rest:
+    parser.add_argument("--json", action="store_true", help="numbers for programs, in bytes")
+
+
+def require_ranks(given: argparse.Namespace) -> None:
+    """Raise if it is not said for how many ranks."""
+    if given.ranks is None:
         raise ConfigError("--ranks", ["has no value and no default"], "Say how many: --ranks 4096.")
-    return given, rest
 
 
-def plan(trainer_class: Any, config: Any, given: argparse.Namespace) -> RunPlan:
+def plan(cli: DreamCLI) -> RunPlan:
     """Plan, and print the plan.
 
     Raises:
         ConfigError: as `plan_run`.
     """
+    given = cli.own
     # Here, because `--help` must wait for none of them.
     from rich.console import Console
 
@@ -71,7 +54,9 @@ def plan(trainer_class: Any, config: Any, given: argparse.Namespace) -> RunPlan:
 
     # What a trainer prints while it is made would come between the numbers.
     with contextlib.redirect_stdout(sys.stderr):
-        made = plan_run(trainer_class, config, given.ranks, ranks_per_node=given.ranks_per_node)
+        made = plan_run(
+            cli.trainer_class, cli.config, given.ranks, ranks_per_node=given.ranks_per_node
+        )
     if given.json:
         print(json.dumps(made.as_dict(), indent=2))
     elif sys.stdout.isatty():

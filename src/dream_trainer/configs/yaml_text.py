@@ -16,8 +16,8 @@ _CLOCK = re.compile(r"^[-+]?[0-9]+(?::[0-9]+)+(?:\.[0-9]*)?$")
 _WITH_EXPONENT = re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$")
 
 
-class _Loader(yaml.SafeLoader):
-    pass
+class ConfigLoader(yaml.SafeLoader):
+    """Reads the YAML of configurations."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -25,15 +25,15 @@ class _Dumper(yaml.SafeDumper):
 
 
 # Both must know the same numbers, or the text "1e3" would be written bare and come back as 1000.
-_Loader.add_implicit_resolver(_FLOAT, _WITH_EXPONENT, list("-+0123456789"))
+ConfigLoader.add_implicit_resolver(_FLOAT, _WITH_EXPONENT, list("-+0123456789"))
 _Dumper.add_implicit_resolver(_FLOAT, _WITH_EXPONENT, list("-+0123456789"))
-_Loader.yaml_implicit_resolvers = {
+ConfigLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != _TIMESTAMP]
-    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+    for first, resolvers in ConfigLoader.yaml_implicit_resolvers.items()
 }
 for _first in "-+0123456789":
     # YAML 1.1 reads 1:30:00 as the number 5400. The dumper quotes it, for other readers.
-    _Loader.yaml_implicit_resolvers.setdefault(_first, []).insert(0, (_TEXT, _CLOCK))
+    ConfigLoader.yaml_implicit_resolvers.setdefault(_first, []).insert(0, (_TEXT, _CLOCK))
 
 
 def _represented(dumper: _Dumper, value: Duration | Size) -> yaml.Node:
@@ -50,7 +50,7 @@ def load_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: the text is no YAML.
     """
-    return yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader
+    return yaml.load(text, Loader=ConfigLoader)  # a subclass of SafeLoader
 
 
 def dump_yaml(value: Any) -> str:

@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -23,7 +23,7 @@ from dream_trainer.callbacks import (
     MetricLogger,
     ProgressBar,
 )
-from dream_trainer.configs import CheckpointParameters, TrainingParameters
+from dream_trainer.configs import CheckpointParameters, Link, TrainingParameters
 from dream_trainer.coordination import Interruption, Place, RankWatch, StopAgreement
 from dream_trainer.data import ResumableLoader
 from dream_trainer.errors import (
@@ -137,6 +137,8 @@ class BaseTrainer(AbstractTrainer):
     presets: ClassVar[Mapping[str, Preset | None]] = {"debug": debug, "overfit": overfit}
     """Functions from configuration to configuration by name, beside the inherited ones; None
     takes an inherited one away."""
+    links: ClassVar[Sequence[Link]] = ()
+    """Values that the command line takes from others, a model's width from a data set's."""
 
     def __init__(self, config: BaseTrainerConfig, *, fabric: world.Fabric | None = None) -> None:
         super().__init__(config, fabric=fabric)
@@ -222,6 +224,14 @@ class BaseTrainer(AbstractTrainer):
         """One batch to predict on; what it returns is collected."""
         raise NotImplementedError(f"{type(self).__name__} has no predict_step; write one")
 
+    def test_dataloader(self) -> Iterable[Any] | None:
+        """Make the loader of `test`; called when it runs without one."""
+        return None
+
+    def predict_dataloader(self) -> Iterable[Any] | None:
+        """Make the loader of `predict`; called when it runs without one."""
+        return None
+
     # ------------------------------------------------------------------ what users call
 
     def fit(self) -> None:
@@ -279,30 +289,43 @@ class BaseTrainer(AbstractTrainer):
         with running(self):
             self.prepare()
             self._restore()
-            if not self.is_resumed:
+            if not (self.is_resumed or self.progress.num_batches):
                 self.world.print(f"no checkpoint in {self.run_directory}: these are fresh weights")
             if self.loop.val_loader is None:
                 raise ConfigError("validate", ["val_dataloader is None"], "Return one.")
             return self.loop.validate()
 
-    def test(self, dataloader: Iterable[Any]) -> dict[str, float]:
+    def test(self, dataloader: Iterable[Any] | None = None) -> dict[str, float]:
         """Run ``test_step`` over a loader.
+
+        Args:
+            dataloader: instead of `test_dataloader`.
 
         Returns:
             The results, the same on every rank.
+
+        Raises:
+            ConfigError: there is no loader.
         """
         if self.world.starts_functions:
             return cast("dict[str, float]", run_on_ranks(self, "test", dataloader).result)
         with running(self):
             self.prepare()
             self._restore()
-            return self.loop.evaluate(self._adopt(dataloader, "test"), self.test_step, "test")
+            loader = self._adopt(self._loader_of(dataloader, "test"), "test")
+            return self.loop.evaluate(loader, self.test_step, "test")
 
-    def predict(self, dataloader: Iterable[Any]) -> list[Any]:
+    def predict(self, dataloader: Iterable[Any] | None = None) -> list[Any]:
         """Run ``predict_step`` over a loader.
+
+        Args:
+            dataloader: instead of `predict_dataloader`.
 
         Returns:
             What it returned for each batch of this rank, in order.
+
+        Raises:
+            ConfigError: there is no loader.
         """
         if self.world.starts_functions:
             raise ConfigError(
@@ -313,7 +336,8 @@ class BaseTrainer(AbstractTrainer):
         with running(self):
             self.prepare()
             self._restore()
-            return self.loop.predict(self._adopt(dataloader, "predict"))
+            loader = self._loader_of(dataloader, "predict")
+            return self.loop.predict(self._adopt(loader, "predict"))
 
     def backward(self, loss: Tensor, weight: Weight | None = None) -> None:
         """Backward pass, scaled so that the step's gradient is a mean over its window.
@@ -600,6 +624,16 @@ class BaseTrainer(AbstractTrainer):
     def _adopt(self, loader: Any, name: str) -> ResumableLoader:
         parameters = self.training_parameters
         return adopt_loader(loader, name, self.world, self.seed, parameters, self._loaders)
+
+    def _loader_of(self, given: Iterable[Any] | None, phase: Literal["test", "predict"]) -> Any:
+        made = getattr(self, f"{phase}_dataloader")() if given is None else given
+        if made is None:
+            raise ConfigError(
+                phase,
+                [f"{type(self).__name__} has no {phase}_dataloader"],
+                f"Write that method, or call {phase}(loader).",
+            )
+        return made
 
     def _set_run_rng(self) -> None:
         """The streams of the first step depend on the seed, or on the checkpoint, alone."""
