@@ -56,6 +56,13 @@ class Given:
         if path:
             yield from _paths(value, tuple(path))
 
+    def value(self, path: Sequence[Any]) -> Any:
+        """The value at a path."""
+        found: Any = self.content
+        for part in path:
+            found = found[part]
+        return found
+
     def place(self, path: Sequence[Any]) -> str:
         """File and line of a path, or of the nearest one above it."""
         names = [str(part) for part in path]
@@ -154,6 +161,8 @@ def _load(path: str) -> Given:
         raise _broken(path, error) from None
     except RecursionError:
         raise ConfigError(path, ["is nested too deeply"]) from None
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ConfigError(path, [f"is not a configuration ({error})"]) from None
     if content is None:

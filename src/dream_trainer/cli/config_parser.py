@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,12 +49,10 @@ class Parsed:
     Args:
         namespace: all options, complete, as plain data.
         options: those that variables and the command line set.
-        notes: a line about each class that took the place of another one.
     """
 
     namespace: Namespace
     options: Sequence[GivenOption]
-    notes: Sequence[str]
 
 
 class ConfigParser:
@@ -103,7 +102,7 @@ class ConfigParser:
         for link in links:
             self._link(link)
         self._defaults = self._parser.get_defaults(skip_validation=True)
-        self._known = list(self._defaults.keys())
+        self._known = list(self._defaults.keys(branches=True))
         self._sections = {
             name for name in self._known if isinstance(self._defaults.get(name), dict)
         } | {name for name, value in self._defaults.items(branches=True) if _is_section(value)}
@@ -128,9 +127,11 @@ class ConfigParser:
             mistakes += mistakes_of(error)
         switched = switch_classes(Input(files, options), self._defaults.get, self._find_class)
         # jsonargparse would carry the defaults of the old class over to the new one.
-        self._parser.set_defaults(dict.fromkeys(switched.names))
+        self._parser.set_defaults(dict.fromkeys(switched.names & {*self._known}))
+        for line in switched.notes:
+            print(line, file=sys.stderr)
         namespace = self._checked(switched.given, mistakes, prints)
-        return Parsed(namespace, switched.given.options, switched.notes)
+        return Parsed(namespace, switched.given.options)
 
     def instantiate(self, namespace: Namespace) -> tuple[Any, Namespace]:
         """The configuration, and everything else that was parsed.
@@ -241,7 +242,7 @@ class ConfigParser:
 
         jsonargparse stops at the first mistake.
         """
-        explainer = Explainer(self._known, self._parser.prog, self._try)
+        explainer = Explainer(self._known, self._classes(), self._parser.prog, self._try)
         while isinstance(parsed := self._try(given), Exception):
             found, rest = explainer.explain(parsed, given)
             # What was dropped as wrong is not missing.
@@ -267,6 +268,12 @@ class ConfigParser:
         # Files first: jsonargparse lets a file win over an option that stands before it.
         words = [word for one in given.options for word in one.words]
         return [*self._as_options(given.files.content), *words]
+
+    def _classes(self) -> list[str]:
+        """Short names of classes that somebody may have meant."""
+        homes = [self._config_class.__module__, "torch.optim", "torch.optim.lr_scheduler"]
+        spaces = [vars(sys.modules[home]) for home in homes if home in sys.modules]
+        return [name for one in spaces for name, value in one.items() if isinstance(value, type)]
 
     def _section_problems(self, namespace: object) -> list[Mistake]:
         """What the sections that are plain data say of their own values."""

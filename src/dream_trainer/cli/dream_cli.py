@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import pickle
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dream_trainer.cli.commands import COMMANDS, Command, command_parser, split_own_options
 from dream_trainer.cli.config_class import config_class_of
 from dream_trainer.cli.messages import exit_statuses, first_rank_speaks
+from dream_trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -110,14 +113,13 @@ class DreamCLI:
             if prints:  # a configuration is printed as the presets leave it
                 words = [word for word in words if word != "--print_config"]
             parsed = self._parser.parse(words)
-            for line in parsed.notes:
-                print(line, file=sys.stderr)
         self._namespace = parsed.namespace
         self.config: Any
-        self.config, self.arguments = self._parser.instantiate(parsed.namespace)
-        self.config, self._changes = with_presets(
-            self.config, self.own.preset, self.trainer_class, parsed.options
-        )
+        with _drawing_from(parsed.namespace.get("seed")):
+            self.config, self.arguments = self._parser.instantiate(parsed.namespace)
+            self.config, self._changes = with_presets(
+                self.config, self.own.preset, self.trainer_class, parsed.options
+            )
         if prints:
             with first_rank_speaks():
                 print(self._parser.dump(self._namespace, self._changes), end="")
@@ -127,3 +129,27 @@ class DreamCLI:
         """``config.yaml`` of a run: what was parsed, with the seed and the name it has got."""
         given = {"seed": config.seed, "experiment": config.experiment}
         return self._parser.dump(self._namespace, {**self._changes, **given})
+
+
+@contextlib.contextmanager
+def _drawing_from(seed: int | None) -> Iterator[None]:
+    """Seeds what is drawn while objects are made, weights of a model in the configuration say.
+
+    Otherwise they would be other ones in every process, and in a repetition of the run.
+
+    Raises:
+        ConfigError: something was drawn, and there is no seed yet.
+    """
+    from dream_trainer.randomness import derive, preserved, raw_state, seed_cpu
+
+    with preserved():
+        if seed is not None:
+            seed_cpu(derive(seed, "configuration"))
+        before = pickle.dumps(raw_state())
+        yield
+        if seed is None and pickle.dumps(raw_state()) != before:
+            raise ConfigError(
+                "seed",
+                ["is null, and making an object of the configuration drew random numbers"],
+                "Give a seed, or make the object in configure_models or configure_dataloaders.",
+            )

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dream_trainer.cli.config_files import Given
-from dream_trainer.cli.given_options import GivenOption, Input, touches
+from dream_trainer.cli.given_options import Cause, GivenOption, Input, touches
 from dream_trainer.errors import ConfigError
 
 _A_CLASS = "the dotted name of a class"
+_NO_VALUE = "has no value and no default"
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Mistake:
         next_move: what to do about it.
         key: dotted name of the option it is about.
         is_missing: whether nothing was given, rather than something wrong.
+        error: what was raised by code of the user's.
     """
 
     place: str
@@ -32,6 +36,7 @@ class Mistake:
     next_move: str = ""
     key: str = ""
     is_missing: bool = False
+    error: Exception | None = None
 
 
 def mistakes_of(error: ConfigError) -> list[Mistake]:
@@ -48,11 +53,12 @@ def raise_all(mistakes: Sequence[Mistake]) -> None:
     if not mistakes:
         return
     next_move = next((one.next_move for one in mistakes if one.next_move), "")
+    error = next((one.error for one in mistakes if one.error), None)
     if len({one.place for one in mistakes}) == 1:
         problems = dict.fromkeys(one.problem for one in mistakes)
-        raise ConfigError(mistakes[0].place, list(problems), next_move)
+        raise ConfigError(mistakes[0].place, list(problems), next_move) from error
     said = dict.fromkeys(f"{one.place}: {one.problem}" for one in mistakes)
-    raise ConfigError(f"{len(said)} mistakes", list(said), next_move)
+    raise ConfigError(f"{len(said)} mistakes", list(said), next_move) from error
 
 
 class Explainer:
@@ -60,12 +66,19 @@ class Explainer:
 
     Args:
         known: dotted names of all options.
+        classes: short names of classes that may be meant.
         prog: the command, for the hint at its help.
         parse: parses, and returns the exception if that fails.
     """
 
-    def __init__(self, known: Sequence[str], prog: str, parse: Callable[[Input], Any]) -> None:
-        self._known, self._parse = known, parse
+    def __init__(
+        self,
+        known: Sequence[str],
+        classes: Sequence[str],
+        prog: str,
+        parse: Callable[[Input], Any],
+    ) -> None:
+        self._known, self._classes, self._parse = known, classes, parse
         self._help_move = f"'{prog} --help' lists the options."
 
     def explain(self, error: Exception, given: Input) -> tuple[list[Mistake], Input | None]:
@@ -77,16 +90,46 @@ class Explainer:
             return self._unknown_key(".".join(part for part in found.groups() if part), given)
         if found := re.match(r"the following arguments are required: (.*)", message):
             missing = [name.strip().removeprefix("--") for name in found[1].split(",")]
-            problem = "has no value and no default"
+            problem = _NO_VALUE
             move = "Give it as an option or in a file."
             return [
                 Mistake(f"--{one}", problem, move, one, is_missing=True) for one in missing
             ], None
-        key, problem = _key_and_problem(message)
-        if not isinstance(error, ValueError) and not key and not problem:
-            problem = type(error).__name__
-        place, rest = self._cause(key, problem, given) if key else ("", None)
-        return [Mistake(place or (f"--{key}" if key else "options"), problem, key=key)], rest
+        if found := re.match(r'Linked "(.*?)" must be given via "(.*)"', message):
+            key, problem = found[1], f"follows from {found[2]} by a link: give that instead"
+        else:
+            key, problem = _key_and_problem(message)
+        problem = problem or type(error).__name__
+        cause = self._cause(key, problem, given) if key else None
+        if cause is None:
+            place, is_missing = f"--{key}" if key else "options", problem.endswith("got 'None'")
+            return [Mistake(place, _NO_VALUE if is_missing else problem, "", key, is_missing)], None
+        problem, failed = self._of_class(cause.value, problem)
+        return [Mistake(cause.place, problem, key=key, error=failed)], cause.rest
+
+    def _of_class(self, value: Any, problem: str) -> tuple[str, Exception | None]:
+        """A problem in other words, if a class was meant that is not there; and why it is not."""
+        name = value.get("class_path") if isinstance(value, dict) else value
+        if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
+            return problem, None
+        module, _, last = name.rpartition(".")
+        if not module:
+            if _A_CLASS not in problem:
+                return problem, None
+            near = difflib.get_close_matches(last, self._classes, n=1)
+            hint = f"; did you mean {near[0]}?" if near else "; write its dotted name"
+            return f"there is no class {last} here{hint}", None
+        if isinstance(value, str) and _A_CLASS in problem and module not in sys.modules:
+            problem = f"there is no class {name}"
+        try:
+            # It has been tried already, and failed or is loaded: this finds out why.
+            importlib.import_module(module)
+        except Exception as error:  # noqa: BLE001  whatever a module of the user's raises
+            return (
+                f"{name} cannot be imported: {type(error).__name__}: {_one_line(str(error))}",
+                error,
+            )
+        return problem, None
 
     def _unrecognized(self, said: str, given: Input) -> tuple[list[Mistake], Input | None]:
         mistakes, left = [], []
@@ -120,32 +163,30 @@ class Explainer:
         mistake = Mistake(place or "options", self._unknown(key), self._help_move, key)
         return [mistake], Input(given.files.without(path), given.options) if path else None
 
-    def _cause(self, key: str, problem: str, given: Input) -> tuple[str, Input | None]:
-        """Place of the value behind a problem at a dotted name, and the input without it."""
-        causes = list(given.causes(key))
-        if len(causes) == 1:
-            return causes[0][:2]
-        part = None
-        for place, rest, is_part in causes:
-            trial = self._parse(rest) if is_part else None
-            if trial is None:
-                continue
+    def _cause(self, key: str, problem: str, given: Input) -> Cause | None:
+        """The value behind a problem at a dotted name."""
+        causes = given.causes(key)
+        if len(causes) <= 1:
+            return causes[0] if causes else None
+        with_another = None
+        for cause in causes:
+            trial = self._parse(cause.rest)
             if not isinstance(trial, Exception):
-                return place, rest
+                return cause
             new_key, new_problem = _key_and_problem(str(trial))
             if new_key != key:
-                return place, rest
-            if new_problem != problem and part is None:
-                part = place, rest  # the value has another mistake besides
-        if part is not None or not causes:
-            return part or ("", None)
+                return cause if cause.is_part or with_another is None else with_another
+            if new_problem != problem and with_another is None:
+                with_another = cause  # the value has another mistake besides
+        if with_another is not None:
+            return with_another
         rest = given
         for one in given.options:
             rest = rest.without(one) if touches(one.name, key) else rest
         if path := next(iter(_shallowest(given.files, key)), None):
             rest = Input(rest.files.without(path), rest.options)
-        whole = [place for place, _, is_part in causes if not is_part]
-        return (whole or [causes[0][0]])[0], rest
+        whole = next((one for one in causes if not one.is_part), causes[0])
+        return Cause(whole.place, whole.value, rest, False)
 
     def _unknown(self, name: str) -> str:
         bare = name.lstrip("-")
@@ -206,7 +247,7 @@ def _plainly(cause: str) -> str:
     cause = re.sub(r"^Option '(.*?)' is not accepted", r"it has no argument \1", cause)
     if nested := re.match(r'(.*): Parser key "(.*?)": Expected a (.*)', cause):
         return f"{nested[1]}: {nested[2]}: expected {_type_name(nested[3])}"
-    return re.sub(r": (No module named )", r" cannot be imported: \1", cause)
+    return cause
 
 
 def _one_line(text: str) -> str:

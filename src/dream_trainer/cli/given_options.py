@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,24 +35,45 @@ class GivenOption:
 
 
 @dataclass(frozen=True)
+class Cause:
+    """A value that may be what is wrong.
+
+    Args:
+        place: file and line, variable or option.
+        value: as it was given.
+        rest: all that is given, without it.
+        is_part: whether it is a part of the value that was found wrong.
+    """
+
+    place: str
+    value: Any
+    rest: Input
+    is_part: bool
+
+
+@dataclass(frozen=True)
 class Input:
     """What is given to the parser: files, then variables and options."""
 
     files: Given
     options: Sequence[GivenOption]
 
-    def causes(self, key: str) -> Iterator[tuple[str, Input, bool]]:
-        """Each value at and below a dotted name: its place, all without it, whether it is a part.
+    def causes(self, key: str) -> list[Cause]:
+        """Each value at and below a dotted name, parts before wholes.
 
-        The later ones first, as their values count; of nested ones the deepest first.
+        Of both the later ones first, as their values count; of nested ones the deepest first.
         """
-        for one in reversed(self.options):
-            if touches(one.name, key):
-                yield one.place, self.without(one), one.name != key
+        found = [
+            Cause(one.place, one.value, self.without(one), one.name != key)
+            for one in reversed(self.options)
+            if touches(one.name, key)
+        ]
         for path in self.files.paths(key):
+            place = _told(self.files.place(path), path, key)
             rest = Input(self.files.without(path), self.options)
             is_part = len(path) > key.count(".") + 1
-            yield _told(self.files.place(path), path, key), rest, is_part
+            found.append(Cause(place, self.files.value(path), rest, is_part))
+        return sorted(found, key=lambda one: not one.is_part)
 
     def without(self, option: GivenOption) -> Input:
         """All but one option."""

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
 
 T = TypeVar("T")
+#: Lines about a configuration that changed; more would hide the rest of the start.
+_MOST_DIFFERENCES = 20
 
 
 def restore(trainer: BaseTrainer, *, read_only: bool) -> None:
@@ -84,8 +86,11 @@ def open_run_directory(trainer: BaseTrainer) -> None:
     text = trainer.describe_config(trainer.config)
     changed = _on_rank_zero(trainer, lambda: record_config(directory, text))
     if changed:
-        shown = ", ".join(changed[:4]) + (", ..." if len(changed) > 4 else "")
-        world.print(f"the configuration is not the one this run had: {shown}; see config.yaml*")
+        world.print("this run had another configuration, which is kept as config.yaml.superseded*:")
+        for line in changed[:_MOST_DIFFERENCES]:
+            world.print(f"  {line}")
+        if (more := len(changed) - _MOST_DIFFERENCES) > 0:
+            world.print(f"  and {more} more")
 
 
 def _on_rank_zero(trainer: BaseTrainer, function: Callable[[], T]) -> T:

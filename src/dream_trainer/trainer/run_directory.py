@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import yaml
 
 from dream_trainer.configs import CheckpointParameters
+from dream_trainer.configs.differing import Absent, differing
 from dream_trainer.configs.yaml_text import dump_yaml, load_yaml
 from dream_trainer.randomness import derive
 from dream_trainer.storage import free_name, write_text
@@ -46,7 +48,7 @@ def record_config(directory: Path, text: str) -> list[str]:
     """Write ``config.yaml``; an older one that differs is renamed.
 
     Returns:
-        Dotted names of what differs from the older one.
+        What differs from the older one, ``name: old -> new`` each.
     """
     path = directory / "config.yaml"
     for leftover in directory.glob(".config.yaml*.tmp"):
@@ -58,17 +60,20 @@ def record_config(directory: Path, text: str) -> list[str]:
         # A copy, not a rename: killed in between, the run would have lost its drawn seed.
         write_text(free_name(path, "superseded"), old)
     write_text(path, text)
-    return [] if old is None else _differences(load_yaml(old), load_yaml(text)) or ["its text"]
+    return [] if old is None else _differences(old, text)
 
 
-def _differences(old: Any, new: Any, place: str = "") -> list[str]:
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        return [
-            found
-            for key in dict.fromkeys((*old, *new))
-            for found in _differences(old.get(key), new.get(key), f"{place}.{key}".lstrip("."))
-        ]
-    return [] if old == new else [place]
+def _differences(old: str, new: str) -> list[str]:
+    try:
+        found = differing([load_yaml(old), load_yaml(new)])
+    except yaml.YAMLError:
+        return ["the earlier one is no YAML"]
+    told = [f"{name}: {_told(one)} -> {_told(other)}" for name, (one, other) in found.items()]
+    return told or ["its text"]
+
+
+def _told(value: Any) -> str:
+    return str(value) if isinstance(value, (str, Absent)) else json.dumps(value, default=repr)
 
 
 def recorded_or_new_seed(directory: Path, parameters: CheckpointParameters) -> int:
