@@ -71,6 +71,12 @@ def test_stray_words_and_missing_values() -> None:
     assert "--config: the name of a file is missing" in refused("--config")
 
 
+def test_nothing_and_a_comment_are_not_null() -> None:
+    for text in ("", "#3"):
+        said = refused(f"--seed={text}")
+        assert f"--seed: expected int or null, got '{text}'" in said
+
+
 def test_debug_shows_our_own_traceback_and_is_no_option_of_the_run() -> None:
     done = fit("--batch_size", "x", "--debug")
     assert done.status == 2

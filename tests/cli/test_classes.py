@@ -37,6 +37,22 @@ def test_optimizers_schedulers_callbacks_and_loggers_do_too() -> None:
     assert done.status == 0, done.err
 
 
+def test_loggers_go_by_short_name_and_can_be_switched_too() -> None:
+    text = "loggers: {log: {class_path: CSVLogger, init_args: {root_dir: a, prefix: p}}}"
+    words = ["--config", write("a.yaml", text)]
+    log = printed(*words, "--loggers.log.flush_logs_every_n_steps", "7")["loggers"]["log"]
+    assert log["class_path"] == "lightning.fabric.loggers.CSVLogger"
+    given = {"root_dir": "a", "prefix": "p", "flush_logs_every_n_steps": 7}
+    assert log["init_args"].items() >= given.items()
+    words += ["--loggers.log", "lightning.pytorch.loggers.MLFlowLogger"]
+    done = fit(*words, "--print_config")
+    assert done.err == "--loggers.log: MLFlowLogger instead of CSVLogger keeps prefix='p' " + (
+        "and drops root_dir\n"
+    )
+    assert printed("--config", "a.yaml", "--loggers.log", "null")["loggers"] == {"log": None}
+    assert "--loggers.x: there is no class NoLogger" in refused("--loggers.x", "NoLogger")
+
+
 def test_help_of_a_class_lists_its_arguments() -> None:
     for words in (["--model.help", "Net"], ["--model.help=__main__.Net"]):
         done = fit(*words)

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import (
@@ -23,6 +23,7 @@ from dream_trainer.cli.class_switch import class_of_default, switch_classes
 from dream_trainer.cli.config_files import Given, read_file, read_section
 from dream_trainer.cli.explanations import Explainer, Mistake, mistakes_of, raise_all
 from dream_trainer.cli.given_options import GivenOption, Input, of_command_line, of_environment
+from dream_trainer.cli.logger_options import with_loggers
 from dream_trainer.cli.value_types import register_value_types
 from dream_trainer.configs import Link
 from dream_trainer.configs.yaml_text import dump_yaml, load_yaml
@@ -38,7 +39,15 @@ _PRINT = "print_config"
 _MODE = "dream_trainer_yaml"
 #: A line of them has more wrong than anybody reads at once; each costs some runs of the parser.
 _MOST_MISTAKES = 20
-set_loader(_MODE, load_yaml, (yaml.YAMLError,))
+
+
+def _load_value(text: str) -> Any:
+    value = load_yaml(text)
+    # YAML takes a comment, and nothing at all, for null: an empty shell variable would switch off.
+    return text if value is None and text.strip().lower() not in ("null", "~") else value
+
+
+set_loader(_MODE, _load_value, (yaml.YAMLError,))
 set_dumper(_MODE, dump_yaml)
 
 
@@ -114,7 +123,7 @@ class ConfigParser:
             ConfigError: naming the file and line, the variable or the option of every mistake.
         """
         if asked := _help_in(args):
-            self._parser.parse_args(asked)  # ends the program
+            self._help(asked)
         mistakes: list[Mistake] = []
         paths, words = _split(args, mistakes)
         options = of_command_line(words)
@@ -125,13 +134,14 @@ class ConfigParser:
             options = [*of_environment(os.environ, ENVIRONMENT_PREFIX, self._known), *options]
         except ConfigError as error:
             mistakes += mistakes_of(error)
-        switched = switch_classes(Input(files, options), self._defaults.get, self._find_class)
+        given, notes = with_loggers(Input(files, options))
+        switched = switch_classes(given, self._defaults.get, self._find_class)
         # jsonargparse would carry the defaults of the old class over to the new one.
         self._parser.set_defaults(dict.fromkeys(switched.names & {*self._known}))
-        for line in switched.notes:
+        for line in [*notes, *switched.notes]:
             print(line, file=sys.stderr)
         namespace = self._checked(switched.given, mistakes, prints)
-        return Parsed(namespace, switched.given.options)
+        return Parsed(namespace, options)
 
     def instantiate(self, namespace: Namespace) -> tuple[Any, Namespace]:
         """The configuration, and everything else that was parsed.
@@ -165,6 +175,13 @@ class ConfigParser:
         for name, value in replace.items():
             complete[name] = value
         return str(self._parser.dump(complete, skip_unset=False, skip_validation=True))
+
+    def _help(self, words: Sequence[str]) -> NoReturn:
+        try:
+            self._parser.parse_args(words)
+        except argparse.ArgumentError as error:
+            raise ConfigError(words[0].partition("=")[0], [error.message]) from None
+        raise SystemExit(0)
 
     def _link(self, link: Link) -> None:
         try:

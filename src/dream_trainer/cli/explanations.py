@@ -241,6 +241,7 @@ def _key_and_problem(message: str) -> tuple[str, str]:
 
 def _plainly(cause: str) -> str:
     """The same without the words of jsonargparse that name its own types."""
+    cause = re.sub(r"^.*Invalid subclass spec given as value for type Any: ", "", cause)
     cause = re.sub(r"^Type \S.*? expects a function or a callable class: ", "", cause)
     cause = re.sub(r"^Problem with given class_path '(.*?)': ", r"\1: ", cause)
     cause = re.sub(r": Option '(.*?)' is not accepted", r" has no argument \1", cause)
