@@ -72,9 +72,10 @@ def test_stray_words_and_missing_values() -> None:
 
 
 def test_nothing_and_a_comment_are_not_null() -> None:
-    for text in ("", "#3"):
-        said = refused(f"--seed={text}")
-        assert f"--seed: expected int or null, got '{text}'" in said
+    assert "--seed: expected int or null, got ''" in refused("--seed=")
+    assert "seed: expected a value or null, got '#3'" in refused("--seed=#3")
+    said = refused("--config", write("a.yaml", "note: '#fine'\nseed: '#3'"))
+    assert "a.yaml:2: seed: expected a value or null, got '#3'" in said
 
 
 def test_debug_shows_our_own_traceback_and_is_no_option_of_the_run() -> None:

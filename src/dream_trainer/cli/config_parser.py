@@ -41,13 +41,7 @@ _MODE = "dream_trainer_yaml"
 _MOST_MISTAKES = 20
 
 
-def _load_value(text: str) -> Any:
-    value = load_yaml(text)
-    # YAML takes a comment, and nothing at all, for null: an empty shell variable would switch off.
-    return text if value is None and text.strip().lower() not in ("null", "~") else value
-
-
-set_loader(_MODE, _load_value, (yaml.YAMLError,))
+set_loader(_MODE, load_yaml, (yaml.YAMLError,))
 set_dumper(_MODE, dump_yaml)
 
 
@@ -271,6 +265,8 @@ class ConfigParser:
         if prints and all(one.is_missing for one in mistakes):
             # What is missing is to be filled in; this ends the program.
             self._parser.parse_args([*self._words(given), *prints[-1].words])
+        if isinstance(parsed, Namespace):
+            mistakes += _comments_for_null(given, parsed)
         raise_all([*mistakes, *(self._section_problems(parsed) if mistakes else ())])
         assert isinstance(parsed, Namespace)
         return parsed
@@ -323,6 +319,21 @@ class ConfigParser:
         names = {option.removeprefix("--").partition(".")[0] for option in merged}
         rest = {name: value for name, value in content.items() if name not in names}
         return [*(["--config", dump_yaml(rest)] if rest else []), *merged]
+
+
+def _comments_for_null(given: Input, parsed: Namespace) -> list[Mistake]:
+    """Values such as ``#3``: jsonargparse reads YAML, where they are comments, and takes null."""
+    values = [(one.name, one.place, one.value) for one in given.options]
+    values += [
+        (".".join(map(str, path)), given.files.place(path), given.files.value(path))
+        for name in given.files.content
+        for path in given.files.paths(name)
+    ]
+    return [
+        Mistake(place, f"{name}: expected a value or null, got {value!r}", key=name)
+        for name, place, value in values
+        if isinstance(value, str) and value.lstrip().startswith("#") and parsed.get(name, 0) is None
+    ]
 
 
 def _is_section(value: object) -> bool:

@@ -130,6 +130,8 @@ def touches(name: str, key: str) -> bool:
 
 
 def _told(place: str, path: Sequence[Any], key: str) -> str:
+    if place.startswith("--"):
+        return place
     name = ".".join(str(part) for part in path)
     return f"{place}: {name.replace('.init_args', '') or key}" if place else ""
 
