@@ -77,11 +77,11 @@ def bench(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def faults(session: nox.Session) -> None:
-    """Kill runs at every step and at random instants (20 minutes); FAULTS_SEED repeats a draw."""
+    """Kill runs at every step and at random instants, and fuzz the command line (25 minutes)."""
     seed = os.environ.get("FAULTS_SEED") or str(random.randrange(1_000_000))
     session.log(f"FAULTS_SEED={seed}")
     command = ["python", "-m", "pytest", "-v", "-n", "auto", "--dist", "worksteal", "-m", ""]
-    folders = ["faults", "launch", "coordination", "test_examples.py"]
+    folders = ["faults", "launch", "coordination", "cli", "test_examples.py"]
     command += [*(f"tests/{name}" for name in folders), *session.posargs]
     run_in_dev(session, *command, OMP_NUM_THREADS="1", FAULTS_SEED=seed)
 

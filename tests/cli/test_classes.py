@@ -143,3 +143,32 @@ def test_debug_shows_where_an_import_failed() -> None:
     assert "Traceback" in done.err
     assert 'raising.py", line 2, in fail' in done.err
     assert not Path("runs").exists()
+
+
+def test_modules_may_hold_modules_and_lists_of_them() -> None:
+    program = Path("train.py").read_text(encoding="utf-8")
+    holder = """
+class Holder(nn.Module):
+    def __init__(self, inner: nn.Module, more: list[nn.Module], width: int = 2):
+        super().__init__()
+        self.layers = nn.Sequential(inner, *more)
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class Early"""
+    write("train.py", program.replace("\nclass Early", holder, 1))
+    text = """
+    model:
+      class_path: Holder
+      init_args:
+        inner: {class_path: Net, init_args: {hidden: 5}}
+        more:
+        - {class_path: torch.nn.LeakyReLU, init_args: {negative_slope: 0.2}}
+        - {class_path: torch.nn.Identity}
+    """
+    done = fit("--config", write("a.yaml", text), "--preset", "debug")
+    assert done.status == 0, done.err
+    more = printed("--config", "a.yaml")["model"]["init_args"]["more"]
+    assert more[0]["init_args"]["negative_slope"] == 0.2
