@@ -111,14 +111,12 @@ def _add_then(parser: argparse.ArgumentParser) -> None:
 
 def _fit(cli: DreamCLI) -> Any:
     cli.trainer.fit()
-    if cli.own.then is None or not _goes_on(cli.trainer):
+    if cli.own.then is None:
         return None
+    if getattr(cli.trainer, "is_brought_back", False):
+        cli.make_trainer()  # its ranks have ended; a new one starts from what they saved
     cli.own.output = None
     return cli.commands[cli.own.then].run(cli)
-
-
-def _goes_on(trainer: Any) -> bool:
-    return not getattr(trainer, "is_brought_back", False)
 
 
 COMMANDS: Mapping[str, Command] = {

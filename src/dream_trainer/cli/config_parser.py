@@ -253,12 +253,15 @@ class ConfigParser:
 
         jsonargparse stops at the first mistake.
         """
+        is_all_read = not mistakes
         explainer = Explainer(self._known, self._classes(), self._parser.prog, self._try)
         while isinstance(parsed := self._try(given), Exception):
             found, rest = explainer.explain(parsed, given)
-            # What was dropped as wrong is not missing.
+            # What was dropped as wrong, or may stand in a file that cannot be read, is not missing.
             wrong = {one.key for one in mistakes}
-            mistakes += [one for one in found if not one.is_missing or one.key not in wrong]
+            mistakes += [
+                one for one in found if not one.is_missing or (is_all_read and one.key not in wrong)
+            ]
             if rest is None or len(mistakes) >= _MOST_MISTAKES:
                 break
             given = rest
@@ -293,8 +296,10 @@ class ConfigParser:
         found = []
         for field in dataclasses.fields(self._config_class):
             value = namespace.get(field.name) if isinstance(namespace, Namespace) else None
-            made = type(default) if (default := _default_of(field)) is not None else None
-            if not (isinstance(value, Namespace) and dataclasses.is_dataclass(made)):
+            if not isinstance(value, Namespace) or not _is_section(value):
+                continue
+            made = type(_default_of(field))
+            if not dataclasses.is_dataclass(made):
                 continue
             plain = {key: entry for key, entry in value.items() if not key.count(".")}
             try:

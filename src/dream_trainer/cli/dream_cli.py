@@ -74,9 +74,7 @@ class DreamCLI:
             command = self.commands[self.subcommand]
             # For a trainer of this process the devices of the run would have to be here.
             if command.makes_trainer:
-                self.trainer = trainer_class(self.config)
-                if hasattr(self.trainer, "describe_config"):
-                    self.trainer.describe_config = self._describe
+                self.make_trainer()
             if run:
                 self.result = command.run(self)
 
@@ -85,6 +83,12 @@ class DreamCLI:
 
         Their values are in ``arguments``, in ``--print_config`` and in the run's ``config.yaml``.
         """
+
+    def make_trainer(self) -> None:
+        """Make ``trainer`` anew from ``config``."""
+        self.trainer = self.trainer_class(self.config)
+        if hasattr(self.trainer, "describe_config"):
+            self.trainer.describe_config = self._describe
 
     def _parse(self, words: list[str], prog: str) -> None:
         with first_rank_speaks():
