@@ -172,3 +172,9 @@ class Early"""
     assert done.status == 0, done.err
     more = printed("--config", "a.yaml")["model"]["init_args"]["more"]
     assert more[0]["init_args"]["negative_slope"] == 0.2
+
+
+def test_an_optimizer_that_refuses_its_arguments_is_a_mistake_of_the_configuration() -> None:
+    done = fit("--optimizer.lr", "-1", "--preset", "debug")
+    assert done.status == 2
+    assert done.err.endswith("train.py: error: SGD: Invalid learning rate: -1.0\n")

@@ -316,7 +316,7 @@ MISTAKES: list[Callable[[random.Random, Line], None]] = [
 
 
 def good(draw: random.Random, line: Line) -> None:
-    line.words += draw.choice([[], ["--rate", "0.1"], ["--shape.hidden=null"], ["--sizes=[1,2]"]])
+    line.words += draw.choice([[], ["--group", "g"], ["--project=p"], ["--root_dir=r"]])
 
 
 def check(seed: int) -> None:

@@ -57,8 +57,11 @@ def _method(name: str) -> Callable[[DreamCLI], Any]:
 def _print_results(method: Callable[[DreamCLI], Any]) -> Callable[[DreamCLI], Any]:
     def run(cli: DreamCLI) -> Any:
         results = method(cli)
+        world = cli.trainer.world
+        # Where ranks were started elsewhere, and have ended, this process alone is left to speak.
+        tell = print if world.starts_functions else world.print
         for name, value in results.items():
-            cli.trainer.world.print(f"{name} {value}")
+            tell(f"{name} {value}")
         return results
 
     return run

@@ -58,6 +58,36 @@ class Parsed:
     options: Sequence[GivenOption]
 
 
+class _Maker:
+    """Makes the objects of a configuration, and collects what they refuse.
+
+    An optimizer that waits for parameters is made later, by this too, in the run.
+    """
+
+    def __init__(self) -> None:
+        self._errors: list[ConfigError] = []
+        self._is_collecting = True
+
+    def __call__(self, made: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        # A part that failed has been reported; what contains it would only complain again.
+        if any(value is _FAILED for value in kwargs.values()):
+            return _FAILED
+        try:
+            return made(*args, **kwargs)
+        except ValueError as error:
+            name = getattr(made, "__name__", str(made))
+            found = error if isinstance(error, ConfigError) else ConfigError(name, [str(error)])
+            if not self._is_collecting:
+                raise found from error
+            self._errors.append(found)
+            return _FAILED
+
+    def end(self) -> list[ConfigError]:
+        """What was wrong; from now on it is raised."""
+        self._is_collecting = False
+        return self._errors
+
+
 class ConfigParser:
     """Options, files and defaults to an instance of a configuration dataclass, and to YAML.
 
@@ -143,24 +173,11 @@ class ConfigParser:
         Raises:
             ConfigError: with the problems of every part of it.
         """
-        errors: list[ConfigError] = []
-
-        def make(made: type, *args: Any, **kwargs: Any) -> Any:
-            # A part that failed has been reported; what contains it would only complain again.
-            if any(value is _FAILED for value in kwargs.values()):
-                return _FAILED
-            try:
-                return made(*args, **kwargs)
-            except ConfigError as error:
-                errors.append(error)
-            except ValueError as error:
-                errors.append(ConfigError(made.__name__, [str(error)]))
-            return _FAILED
-
+        make = _Maker()
         parts = self._parser.instantiate(namespace, instantiators=[(make, object, True)])
         fields = [f.name for f in dataclasses.fields(self._config_class) if f.init]
         config = make(self._config_class, **{n: parts[n] for n in fields if n in parts})
-        raise_all([one for error in errors for one in mistakes_of(error)])
+        raise_all([one for error in make.end() for one in mistakes_of(error)])
         return config, parts
 
     def dump(self, namespace: Namespace, replace: Mapping[str, Any]) -> str:
@@ -346,7 +363,9 @@ def _is_section(value: object) -> bool:
 
 
 def _is_path(value: str | None) -> bool:
-    return value is not None and value.endswith((".yaml", ".yml", ".json"))
+    """Whether it is no mapping that is written out."""
+    text = (value or "").strip()
+    return bool(text) and not text.startswith(("{", "[")) and text.lower() not in ("null", "~")
 
 
 def _default_of(field: dataclasses.Field[Any]) -> Any:

@@ -105,6 +105,12 @@ class Explainer:
             place, is_missing = f"--{key}" if key else "options", problem.endswith("got 'None'")
             return [Mistake(place, _NO_VALUE if is_missing else problem, "", key, is_missing)], None
         problem, failed = self._of_class(cause.value, problem)
+        if (
+            "expected " in problem
+            and ", got " not in problem
+            and isinstance(cause.value, str | int)
+        ):
+            problem += f", got {str(cause.value)!r}"
         return [Mistake(cause.place, problem, key=key, error=failed)], cause.rest
 
     def _of_class(self, value: Any, problem: str) -> tuple[str, Exception | None]:
@@ -195,7 +201,7 @@ class Explainer:
         ]  # only its section is missing
         near = near or difflib.get_close_matches(bare, self._known, n=2, cutoff=0.7)
         dashes = "--" if name.startswith("-") else ""
-        hint = " or ".join(f"{dashes}{one}" for one in near)
+        hint = " or ".join(f"{dashes}{one}".replace(".init_args", "") for one in near)
         return f"there is no {name}" + (f"; did you mean {hint}?" if hint else "")
 
 
