@@ -78,6 +78,14 @@ def test_nothing_and_a_comment_are_not_null() -> None:
     assert "a.yaml:2: seed: expected a value or null, got '#3'" in said
 
 
+def test_null_in_a_file_is_no_value_of_a_type_without_it() -> None:
+    text = "group: null\ntraining_parameters: {deterministic: null, n_epochs: null, max_steps: 1}"
+    said = refused("--config", write("a.yaml", text))
+    assert "a.yaml:1: group: expected a value, got null" in said
+    assert "a.yaml:2: training_parameters.deterministic: expected a value, got null" in said
+    assert "n_epochs" not in said
+
+
 def test_debug_shows_our_own_traceback_and_is_no_option_of_the_run() -> None:
     done = fit("--batch_size", "x", "--debug")
     assert done.status == 2

@@ -286,7 +286,7 @@ class ConfigParser:
             # What is missing is to be filled in; this ends the program.
             self._parser.parse_args([*self._words(given), *prints[-1].words])
         if isinstance(parsed, Namespace):
-            mistakes += _comments_for_null(given, parsed)
+            mistakes += [*_comments_for_null(given, parsed), *self._nulls(given, parsed)]
         raise_all([*mistakes, *(self._section_problems(parsed) if mistakes else ())])
         assert isinstance(parsed, Namespace)
         return parsed
@@ -296,6 +296,25 @@ class ConfigParser:
             return self._parser.parse_args(self._words(given))
         except (argparse.ArgumentError, ValueError, OSError, RecursionError, TypeError) as error:
             return error
+
+    def _nulls(self, given: Input, parsed: Namespace) -> list[Mistake]:
+        """Nulls of files where a value belongs: jsonargparse lets them pass for every type."""
+        paths = [path for name in given.files.content for path in given.files.paths(name)]
+        found = []
+        for path in paths:
+            name = ".".join(map(str, path))
+            is_argument = "init_args" in path
+            if given.files.value(path) is not None or parsed.get(name, 0) is not None:
+                continue
+            if name not in self._known or (self._defaults.get(name) is None and not is_argument):
+                continue
+            option = GivenOption(name, (f"--{name}=null",), name)
+            rest = Input(given.files.without(path), [*given.options, option])
+            trial = self._try(rest)
+            if isinstance(trial, Exception) or trial.get(name) is not None:
+                place = f"{given.files.place(path)}: {name}"
+                found.append(Mistake(place, "expected a value, got null", key=name))
+        return found
 
     def _words(self, given: Input) -> list[str]:
         # Files first: jsonargparse lets a file win over an option that stands before it.

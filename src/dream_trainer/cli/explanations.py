@@ -102,7 +102,7 @@ class Explainer:
         problem = problem or type(error).__name__
         cause = self._cause(key, problem, given) if key else None
         if cause is None:
-            place, is_missing = f"--{key}" if key else "options", problem.endswith("got 'None'")
+            place, is_missing = f"--{key}" if key else "options", problem.endswith("got null")
             return [Mistake(place, _NO_VALUE if is_missing else problem, "", key, is_missing)], None
         problem, failed = self._of_class(cause.value, problem)
         if (
@@ -239,7 +239,8 @@ def _key_and_problem(message: str) -> tuple[str, str]:
     simple = [name for name in wanted if name not in (_A_CLASS, "null")]
     if len(simple) < len(wanted) and simple:
         wanted = [name for name in wanted if name != _A_CLASS]
-    got = f", got {_one_line(given[1])!r}" if given else ""
+    found_text = _one_line(given[1]) if given else ""
+    got = (f", got {found_text!r}" if found_text != "None" else ", got null") if given else ""
     if given and wanted == ["list"]:
         got += f"; write [{_one_line(given[1])}]"
     return key, f"expected {' or '.join(dict.fromkeys(wanted))}{got}"
