@@ -178,3 +178,10 @@ def test_an_optimizer_that_refuses_its_arguments_is_a_mistake_of_the_configurati
     done = fit("--optimizer.lr", "-1", "--preset", "debug")
     assert done.status == 2
     assert done.err.endswith("train.py: error: SGD: Invalid learning rate: -1.0\n")
+
+
+def test_text_that_looks_like_a_class_is_not_imported() -> None:
+    write("loud.py", "raise SystemExit('imported')")
+    assert refused("--seed", "loud.X") == (
+        "train.py: error: --seed: expected int or null, got 'loud.X'\n"
+    )

@@ -68,13 +68,16 @@ def _print_results(method: Callable[[DreamCLI], Any]) -> Callable[[DreamCLI], An
 
 
 def _predict(cli: DreamCLI) -> Any:
+    # Here, because `--help` needs none of it.
     import torch
+
+    from dream_trainer.storage import atomic_file
 
     path = _output_of_rank(cli)
     predictions = _method("predict")(cli)
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(predictions, path)
+        with atomic_file(path) as beside:
+            torch.save(predictions, beside)
         print(f"{path}: {len(predictions)} batches")
     return predictions
 

@@ -105,11 +105,8 @@ class Explainer:
             place, is_missing = f"--{key}" if key else "options", problem.endswith("got null")
             return [Mistake(place, _NO_VALUE if is_missing else problem, "", key, is_missing)], None
         problem, failed = self._of_class(cause.value, problem)
-        if (
-            "expected " in problem
-            and ", got " not in problem
-            and isinstance(cause.value, str | int)
-        ):
+        is_short = isinstance(cause.value, str | int)
+        if is_short and "expected " in problem and ", got " not in problem:
             problem += f", got {str(cause.value)!r}"
         return [Mistake(cause.place, problem, key=key, error=failed)], cause.rest
 
@@ -118,6 +115,8 @@ class Explainer:
         name = value.get("class_path") if isinstance(value, dict) else value
         if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
             return problem, None
+        if problem.startswith("expected ") and _A_CLASS not in problem:
+            return problem, None  # text with a dot in it: nothing is imported for that
         module, _, last = name.rpartition(".")
         if not module:
             if _A_CLASS not in problem:
@@ -196,9 +195,8 @@ class Explainer:
 
     def _unknown(self, name: str) -> str:
         bare = name.lstrip("-")
-        near = [
-            one for one in self._known if one.endswith(f".{bare}")
-        ]  # only its section is missing
+        # Only its section may be missing.
+        near = [one for one in self._known if one.endswith(f".{bare}")]
         near = near or difflib.get_close_matches(bare, self._known, n=2, cutoff=0.7)
         dashes = "--" if name.startswith("-") else ""
         hint = " or ".join(f"{dashes}{one}".replace(".init_args", "") for one in near)
