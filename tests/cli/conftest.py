@@ -1,14 +1,22 @@
-"""A folder of its own with a program in it."""
+"""A folder of its own with a program in it, and the server that runs programs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import programs
 import pytest
-from programs import TRAIN, write
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[None]:
+    programs.server()
+    yield
+    programs.server().end()
 
 
 @pytest.fixture
-def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def program(server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    write("train.py", TRAIN)
+    programs.write("train.py", programs.TRAIN)

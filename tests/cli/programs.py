@@ -1,13 +1,17 @@
 """A user's program, and a process for each of its command lines.
 
-Processes are forked from this one, which has loaded torch: starting Python takes seconds.
+Each is forked from a server, which has loaded torch and nothing of the tests: starting Python
+takes seconds, and classes of other tests would be among those that a short name can mean.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import json
 import os
 import runpy
+import subprocess
 import sys
 import tempfile
 import traceback
@@ -201,27 +205,60 @@ def in_a_process(function: Callable[[], object], time_limit: float = 60.0) -> En
 
 def run_script(path: Path | str, *words: str, **variables: str) -> Ended:
     """``python path words``, with some environment variables."""
-
-    def run() -> None:
-        os.environ.update(variables)
-        sys.argv = [str(path), *words]
-        sys.path.insert(0, str(Path(path).resolve().parent))
-        runpy.run_path(str(path), run_name="__main__")
-
-    return in_a_process(run)
+    return server().run([str(path), *words], variables)
 
 
 def run_command(*words: str, **variables: str) -> Ended:
     """``dream-trainer words``, with some environment variables."""
+    return server().run(["dream-trainer", *words], variables)
 
-    def run() -> None:
+
+class Server:
+    """Runs command lines in forks of a process of its own."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, str(Path(__file__).resolve())]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def run(self, words: list[str], variables: dict[str, str]) -> Ended:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        request = (words, str(Path.cwd()), {**os.environ, **variables})
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        return Ended(*json.loads(self._process.stdout.readline()))
+
+    def end(self) -> None:
+        self._process.communicate()  # its loop ends with its input
+
+
+@functools.cache
+def server() -> Server:
+    """The one of this session."""
+    return Server()
+
+
+def _serve() -> None:
+    """Run the command line of each line of input."""
+    sys.path.remove(str(Path(__file__).resolve().parent))
+    for line in sys.stdin:
+        done = in_a_process(functools.partial(_run, *json.loads(line)))
+        print(json.dumps([done.status, done.out, done.err]), flush=True)
+
+
+def _run(words: list[str], folder: str, environment: dict[str, str]) -> None:
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = words
+    if words[0] == "dream-trainer":
         from dream_trainer.cli import main
 
-        os.environ.update(variables)
-        sys.argv = ["dream-trainer", *words]
         main()
-
-    return in_a_process(run)
+        return
+    sys.path.insert(0, str(Path(words[0]).resolve().parent))
+    runpy.run_path(words[0], run_name="__main__")
 
 
 def write(name: str, text: str) -> str:
@@ -269,3 +306,7 @@ def _end(function: Callable[[], object], out: int, err: int, time_limit: float) 
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status if isinstance(status, int) else 1)
+
+
+if __name__ == "__main__":
+    _serve()

@@ -364,14 +364,17 @@ def many(chunk: int, count: int) -> None:
     assert done.status == 0, done.err
 
 
-@pytest.mark.usefixtures("program")
+@pytest.fixture(autouse=True)
+def _in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.mark.parametrize("chunk", range(2))
 def test_wrong_configurations_end_with_a_message(chunk: int) -> None:
     many(chunk, 80)
 
 
 @pytest.mark.faults
-@pytest.mark.usefixtures("program")
 @pytest.mark.parametrize("chunk", range(2, 22))
 def test_thousands_of_wrong_configurations_end_with_a_message(chunk: int) -> None:
     many(chunk, 300)

@@ -30,6 +30,7 @@ def run(command: str) -> Ended:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("server")
 def test_every_command_of_the_page_does_what_it_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
