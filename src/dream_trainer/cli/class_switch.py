@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,11 +112,26 @@ class Before:
         given = {name: (name, repr(value)) for name, value in self.in_files.items()}
         given |= {one.name: (_name(one, self), str(one.value)) for one in self.in_options}
         kept = {name: value for name, value in given.values() if name in accepted}
-        dropped = dict.fromkeys(name for name, _ in given.values() if name not in accepted)
-        parts = [f"keeps {', '.join(f'{k}={v}' for k, v in kept.items())}"] if kept else []
-        parts += [f"drops {', '.join(dropped)}"] if dropped else []
-        short = " instead of ".join(one.rpartition(".")[2] for one in (new, old))
-        return [f"{self.option.place}: {short} {' and '.join(parts)}"] if parts else []
+        dropped = [name for name, _ in given.values() if name not in accepted]
+        return note_of_switch(self.option.place, old, new, kept, dropped)
+
+
+def note_of_switch(
+    place: str, old: str, new: str, kept: Mapping[str, str], dropped: Iterable[str]
+) -> list[str]:
+    """A line that says which arguments another class keeps and drops; none if there were none.
+
+    Args:
+        place: what names the new class.
+        old: dotted name of the class before.
+        new: dotted name of the class now.
+        kept: arguments and their values as text.
+        dropped: names of arguments.
+    """
+    parts = [f"keeps {', '.join(f'{k}={v}' for k, v in kept.items())}"] if kept else []
+    parts += [f"drops {', '.join(names)}"] if (names := dict.fromkeys(dropped)) else []
+    short = " instead of ".join(one.rpartition(".")[2] for one in (new, old))
+    return [f"{place}: {short} {' and '.join(parts)}"] if parts else []
 
 
 def _named_classes(content: Mapping[str, Any], above: str = "") -> list[str]:

@@ -119,7 +119,7 @@ class DreamCLI:
             parsed = self._parser.parse(words)
         self._namespace = parsed.namespace
         self.config: Any
-        with _drawing_from(parsed.namespace.get("seed")):
+        with _drawing_from(parsed.namespace.get("seed", 0)):
             self.config, self.arguments = self._parser.instantiate(parsed.namespace)
             self.config, self._changes = with_presets(
                 self.config, self.own.preset, self.trainer_class, parsed.options

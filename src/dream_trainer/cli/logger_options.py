@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from dream_trainer.cli.class_switch import note_of_switch
 from dream_trainer.cli.config_files import Given, same_class
 from dream_trainer.cli.given_options import GivenOption, Input
 from dream_trainer.configs.yaml_text import load_yaml
@@ -80,11 +81,9 @@ def _switched(new: str, old: Any, place: str) -> tuple[dict[str, Any], list[str]
     accepted = inspect.signature(found).parameters if found is not None else {}
     kept = {name: value for name, value in arguments.items() if name in accepted}
     dropped = [name for name in arguments if name not in accepted]
-    parts = [f"keeps {', '.join(f'{k}={v!r}' for k, v in kept.items())}"] if kept else []
-    parts += [f"drops {', '.join(dropped)}"] if dropped else []
-    short = [name.rpartition(".")[2] for name in (new, old["class_path"])]
-    told = f"{place}: {' instead of '.join(short)} {' and '.join(parts)}"
-    return {"class_path": new, "init_args": kept}, [told]
+    shown = {name: repr(value) for name, value in kept.items()}
+    told = note_of_switch(place, old["class_path"], new, shown, dropped)
+    return {"class_path": new, "init_args": kept}, told
 
 
 def _full_name(name: str) -> str:
