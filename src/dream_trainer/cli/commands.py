@@ -100,7 +100,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         "--output",
         metavar="FILE",
         help="write the predictions there with torch.save, a list with an entry a batch; several "
-        "ranks write FILE.rank-N of what was theirs",
+        "ranks write NAME.rank-N.pt of what was theirs",
     )
 
 

@@ -114,7 +114,7 @@ def of_environment(
     for variable in sorted(environment):
         if not variable.startswith(prefix):
             continue
-        name = _option(variable, names)
+        name = _option(variable, prefix, names)
         if re.fullmatch(r"[\w.]+", name) is None:
             problems.append(f"{variable} names no option")
             continue
@@ -140,11 +140,10 @@ def _variable(prefix: str, name: str) -> str:
     return prefix + name.upper().replace(".", "__")
 
 
-def _option(variable: str, names: Mapping[str, str]) -> str:
+def _option(variable: str, prefix: str, names: Mapping[str, str]) -> str:
     """The option that a variable sets, in the letters of the longest name that is known."""
     parts = variable.split("__")
     for length in range(len(parts), 0, -1):
         if (name := names.get("__".join(parts[:length]))) is not None:
             return ".".join([name, *(part.lower() for part in parts[length:])])
-    prefix = len(next(iter(names), "")) - len(next(iter(names.values()), ""))
-    return variable[prefix:].lower().replace("__", ".")
+    return variable.removeprefix(prefix).lower().replace("__", ".")
