@@ -26,7 +26,7 @@ def test_mistakes_in_files_variables_and_options_are_told_together() -> None:
         "gone.yaml: there is no such file",
         "run.yaml:2: batch_size: expected int, got 'many'",
         "run.yaml:4: callbacks.early.patience: ",
-        "run.yaml:4: callbacks.early.mood: __main__.Early has no argument mood",
+        "run.yaml:4: callbacks.early.mood: __main__.Early has no argument mood; did you mean mode?",
         "run.yaml:5: callbacks.gone: gone.X cannot be imported: ModuleNotFoundError: No",
         "run.yaml:7: training_parameters.n_epochs: expected int or null, got '1.5'",
         "run.yaml:8: there is no training_parameters.max_stepz; did you mean ",

@@ -113,7 +113,7 @@ def test_one_flag_reaches_any_callback() -> None:
     [
         (["--model", "Nett"], "--model: there is no class Nett here; did you mean Net?"),
         (["--model", "Flat", "--model.hidden", "3"], "--model.hidden: __main__.Flat has no arg"),
-        (["--optimizer.lrr", "3"], "--optimizer.lrr: it has no argument lrr"),
+        (["--optimizer.lrr", "3"], "--optimizer.lrr: it has no argument lrr; did you mean lr?"),
         (
             ["--callbacks.x", "gone.X"],
             "--callbacks.x: gone.X cannot be imported: ModuleNotFoundError: No",

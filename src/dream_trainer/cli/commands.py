@@ -87,9 +87,10 @@ def _output_of_rank(cli: DreamCLI) -> Path | None:
     if cli.own.output is None:
         return None
     path, world = Path(cli.own.output), cli.trainer.world
-    world.launch()
-    if world.size > 1:
-        path = path.with_name(f"{path.stem}.rank-{world.rank}{path.suffix}")
+    if not world.starts_functions:  # such ranks have nothing to write: predict refuses them
+        world.launch()
+        if world.size > 1:
+            path = path.with_name(f"{path.stem}.rank-{world.rank}{path.suffix}")
     if path.exists():
         raise ConfigError(str(path), ["is there already"], "Choose another --output, or move it.")
     return path

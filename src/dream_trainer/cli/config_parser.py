@@ -24,6 +24,13 @@ from dream_trainer.cli.config_files import Given, read_file, read_section
 from dream_trainer.cli.explanations import Explainer, Mistake, mistakes_of, raise_all
 from dream_trainer.cli.given_options import GivenOption, Input, of_command_line, of_environment
 from dream_trainer.cli.logger_options import with_loggers
+from dream_trainer.cli.parsed_checks import (
+    comments_for_null,
+    is_section,
+    nulls_for_values,
+    section_problems,
+    with_near_arguments,
+)
 from dream_trainer.cli.value_types import register_value_types
 from dream_trainer.configs import Link
 from dream_trainer.configs.yaml_text import dump_yaml, load_yaml
@@ -138,7 +145,7 @@ class ConfigParser:
         self._known = list(self._defaults.keys(branches=True))
         self._sections = {
             name for name in self._known if isinstance(self._defaults.get(name), dict)
-        } | {name for name, value in self._defaults.items(branches=True) if _is_section(value)}
+        } | {name for name, value in self._defaults.items(branches=True) if is_section(value)}
 
     def parse(self, args: Sequence[str]) -> Parsed:
         """All options. ``--print_config`` and ``--help`` end here.
@@ -285,10 +292,13 @@ class ConfigParser:
         if prints and all(one.is_missing for one in mistakes):
             # What is missing is to be filled in; this ends the program.
             self._parser.parse_args([*self._words(given), *prints[-1].words])
-        if isinstance(parsed, Namespace):
-            mistakes += [*_comments_for_null(given, parsed), *self._nulls(given, parsed)]
-        raise_all([*mistakes, *(self._section_problems(parsed) if mistakes else ())])
-        assert isinstance(parsed, Namespace)
+        if isinstance(parsed, Exception):
+            raise_all(mistakes)
+            raise parsed
+        mistakes = with_near_arguments(mistakes, parsed)
+        mistakes += comments_for_null(given, parsed)
+        mistakes += nulls_for_values(given, parsed, self._known, self._defaults.get, self._try)
+        raise_all([*mistakes, *(section_problems(self._config_class, parsed) if mistakes else ())])
         return parsed
 
     def _try(self, given: Input) -> Namespace | Exception:
@@ -296,25 +306,6 @@ class ConfigParser:
             return self._parser.parse_args(self._words(given))
         except (argparse.ArgumentError, ValueError, OSError, RecursionError, TypeError) as error:
             return error
-
-    def _nulls(self, given: Input, parsed: Namespace) -> list[Mistake]:
-        """Nulls of files where a value belongs: jsonargparse lets them pass for every type."""
-        paths = [path for name in given.files.content for path in given.files.paths(name)]
-        found = []
-        for path in paths:
-            name = ".".join(map(str, path))
-            is_argument = "init_args" in path
-            if given.files.value(path) is not None or parsed.get(name, 0) is not None:
-                continue
-            if name not in self._known or (self._defaults.get(name) is None and not is_argument):
-                continue
-            option = GivenOption(name, (f"--{name}=null",), name)
-            rest = Input(given.files.without(path), [*given.options, option])
-            trial = self._try(rest)
-            if isinstance(trial, Exception) or trial.get(name) is not None:
-                place = f"{given.files.place(path)}: {name}"
-                found.append(Mistake(place, "expected a value, got null", key=name))
-        return found
 
     def _words(self, given: Input) -> list[str]:
         # Files first: jsonargparse lets a file win over an option that stands before it.
@@ -326,25 +317,6 @@ class ConfigParser:
         homes = [self._config_class.__module__, "torch.optim", "torch.optim.lr_scheduler"]
         spaces = [vars(sys.modules[home]) for home in homes if home in sys.modules]
         return [name for one in spaces for name, value in one.items() if isinstance(value, type)]
-
-    def _section_problems(self, namespace: object) -> list[Mistake]:
-        """What the sections that are plain data say of their own values."""
-        found = []
-        for field in dataclasses.fields(self._config_class):
-            value = namespace.get(field.name) if isinstance(namespace, Namespace) else None
-            if not isinstance(value, Namespace) or not _is_section(value):
-                continue
-            made = type(_default_of(field))
-            if not dataclasses.is_dataclass(made):
-                continue
-            plain = {key: entry for key, entry in value.items() if not key.count(".")}
-            try:
-                made(**plain)
-            except ConfigError as error:
-                found += mistakes_of(error)
-            except (TypeError, ValueError):
-                continue  # holds a class that is not made yet
-        return found
 
     def _as_options(self, content: dict[str, Any]) -> list[str]:
         """What stands in files, as options that can be put in front of the others."""
@@ -362,35 +334,10 @@ class ConfigParser:
         return [*(["--config", dump_yaml(rest)] if rest else []), *merged]
 
 
-def _comments_for_null(given: Input, parsed: Namespace) -> list[Mistake]:
-    """Values such as ``#3``: jsonargparse reads YAML, where they are comments, and takes null."""
-    values = [(one.name, one.place, one.value) for one in given.options]
-    values += [
-        (".".join(map(str, path)), given.files.place(path), given.files.value(path))
-        for name in given.files.content
-        for path in given.files.paths(name)
-    ]
-    return [
-        Mistake(place, f"{name}: expected a value or null, got {value!r}", key=name)
-        for name, place, value in values
-        if isinstance(value, str) and value.lstrip().startswith("#") and parsed.get(name, 0) is None
-    ]
-
-
-def _is_section(value: object) -> bool:
-    return isinstance(value, Namespace) and "class_path" not in value
-
-
 def _is_path(value: str | None) -> bool:
     """Whether it is no mapping that is written out."""
     text = (value or "").strip()
     return bool(text) and not text.startswith(("{", "[")) and text.lower() not in ("null", "~")
-
-
-def _default_of(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return None if field.default is dataclasses.MISSING else field.default
 
 
 def _one_document(value: Any) -> str:
