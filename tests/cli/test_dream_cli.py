@@ -580,10 +580,22 @@ def test_a_trainer_that_cannot_be_found_is_one_message(
 
 
 @pytest.mark.usefixtures("modules")
-def test_an_import_that_fails_inside_the_module_is_its_authors_to_see() -> None:
-    write("broken_cli.py", "import gone_from_here\n")
-    with pytest.raises(ModuleNotFoundError, match="gone_from_here"):
-        main(["fit", "broken_cli:Trainer"])
+@pytest.mark.parametrize("target", ["broken_cli:Trainer", "broken_cli.py:Trainer"])
+def test_a_module_that_cannot_be_imported_says_why_and_where(
+    target: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(write("broken_cli.py", "import math\nimport gone_from_here\n")).resolve()
+    problem = (
+        "broken_cli cannot be imported: ModuleNotFoundError: No module named 'gone_from_here' "
+        f"({path}:2)"
+    )
+    for words in ([], ["--debug"]):
+        with pytest.raises(SystemExit) as end:
+            main(["fit", target, *words])
+        assert end.value.code == 2
+        err = capsys.readouterr().err
+        assert f"dream-trainer: error: MODULE:CLASS: {problem}\n" in err
+        assert ("Traceback" in err) == bool(words)
 
 
 def test_the_command_without_a_trainer_says_what_is_missing(

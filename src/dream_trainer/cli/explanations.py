@@ -6,8 +6,10 @@ import difflib
 import importlib
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dream_trainer.cli.config_files import Given
@@ -16,6 +18,8 @@ from dream_trainer.errors import ConfigError
 
 _A_CLASS = "the dotted name of a class"
 _NO_VALUE = "has no value and no default"
+#: Files whose frames say nothing about what fails in a module that is imported.
+_OURS = (str(Path(__file__).parent), str(Path(importlib.__file__).parent))
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,14 @@ def raise_all(mistakes: Sequence[Mistake]) -> None:
         raise ConfigError(mistakes[0].place, list(problems), next_move) from error
     said = dict.fromkeys(f"{one.place}: {one.problem}" for one in mistakes)
     raise ConfigError(f"{len(said)} mistakes", list(said), next_move) from error
+
+
+def import_problem(name: str, error: Exception) -> str:
+    """Why a module of the user's cannot be imported, and where it fails."""
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [one for one in frames if not one.filename.startswith(("<", *_OURS))]
+    where = f" ({theirs[-1].filename}:{theirs[-1].lineno})" if theirs else ""
+    return f"{name} cannot be imported: {type(error).__name__}: {_one_line(str(error))}{where}"
 
 
 class Explainer:
@@ -130,10 +142,7 @@ class Explainer:
             # It has been tried already, and failed or is loaded: this finds out why.
             importlib.import_module(module)
         except Exception as error:  # noqa: BLE001  whatever a module of the user's raises
-            return (
-                f"{name} cannot be imported: {type(error).__name__}: {_one_line(str(error))}",
-                error,
-            )
+            return import_problem(name, error), error
         return problem, None
 
     def _unrecognized(self, said: str, given: Input) -> tuple[list[Mistake], Input | None]:

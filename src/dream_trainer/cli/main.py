@@ -33,7 +33,7 @@ def main(args: Sequence[str] | None = None) -> None:
         args: the words after the program's name; ``sys.argv`` without them.
     """
     words = list(sys.argv[1:] if args is None else args)
-    with exit_statuses(_PROG):
+    with exit_statuses(_PROG, with_traceback="--debug" in words):
         with first_rank_speaks():
             # A trainer's own options begin after its name.
             own = words if words[:1] and words[0] in _WITHOUT_TRAINER else words[:2]
@@ -49,8 +49,7 @@ def load_class(target: str) -> Any:
     """The class at ``my_package.train:MyTrainer`` or ``path/to/train.py:MyTrainer``.
 
     Raises:
-        ConfigError: there is no such module or class. What the module itself raises passes
-            through.
+        ConfigError: there is no such module or class, or the module cannot be imported.
     """
     module_name, _, class_name = target.rpartition(":")
     if not module_name or not class_name:
@@ -80,13 +79,7 @@ def _is_trainer(one: Any, module: Any = None) -> bool:
 def _load_module(name: str) -> Any:
     # An installed script does not look for modules where it is called, as `python -m` does.
     _look_in(Path.cwd())
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        # Only the module that was asked for: what it imports itself is its author's to see.
-        if error.name is not None and f"{name}.".startswith(f"{error.name}."):
-            raise ConfigError(name, [f"there is no module {error.name}"]) from None
-        raise
+    return _import(name)
 
 
 def _load_file(name: str) -> Any:
@@ -95,10 +88,24 @@ def _load_file(name: str) -> Any:
         raise ConfigError(name, ["there is no such file"])
     # Under its own name, or worker processes could not find its classes again.
     _look_in(path.parent)
-    module = importlib.import_module(path.stem)
+    module = _import(path.stem)
     if Path(getattr(module, "__file__", None) or "").resolve() != path:
         raise ConfigError(name, [f"{path.stem} is also the name of {module}"], "Rename the file.")
     return module
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and f"{name}.".startswith(f"{missing}."):
+            raise ConfigError(name, [f"there is no module {missing}"]) from None
+        # Here, because completion and `--help` need none of it.
+        from dream_trainer.cli.explanations import import_problem
+
+        move = "--debug shows the traceback."
+        raise ConfigError("MODULE:CLASS", [import_problem(name, error)], move) from error
 
 
 def _look_in(directory: Path) -> None:
