@@ -252,7 +252,9 @@ def odd_letters(draw: random.Random, line: Line) -> None:
 
 
 def wrong_class(draw: random.Random, line: Line) -> None:
-    name = draw.choice(["net", "callbacks.x"])
+    # Each of its own name, or the arguments of one would complete another.
+    callback = f"callbacks.x{len(line.files)}"
+    name = draw.choice(["net", callback])
     spec: Any = draw.choice(
         [
             {"class_path": "gone.Grid"},
@@ -269,7 +271,7 @@ def wrong_class(draw: random.Random, line: Line) -> None:
         ]
     )
     if name == "net" and isinstance(spec, dict) and spec.get("class_path") == "Blend":
-        name = "callbacks.x"
+        name = callback
     line.words += ["--config", line.file(json.dumps(nested(name, spec)))]
 
 
