@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
@@ -53,13 +54,19 @@ def window(size: int, dp_size: int = 1, sum_over_ranks=lambda total: total) -> A
     return AccumulationWindow(size, dp_size, sum_over_ranks)
 
 
+def scaled(one: AccumulationWindow, loss: Tensor, weight: Any) -> Tensor:
+    """The loss whose gradient is that of the batch."""
+    loss, factor = one.weighted(loss, weight)
+    return loss * factor
+
+
 def factors(one: AccumulationWindow, batches: Batches) -> list[float]:
     """What each batch's mean loss is multiplied by, over an epoch."""
     found = []
     for _ in batches.mine:
         batches.next()
         one.start_batch(batches)
-        found.append(one.scaled(torch.ones(()), None).item())
+        found.append(scaled(one, torch.ones(()), None).item())
         one.finish_batch()
     return found
 
@@ -106,7 +113,9 @@ def test_an_ordinary_batch_is_not_multiplied_at_all() -> None:
     batches.next()
     one.start_batch(batches)
     loss = torch.ones(())
-    assert one.scaled(loss, None) is loss
+    found, factor = one.weighted(loss, None)
+    assert found is loss
+    assert factor == 1.0
 
 
 @pytest.mark.parametrize(("size", "batch_size"), [(1, 24), (2, 8), (4, 8), (3, 5), (2, 16)])
@@ -122,7 +131,7 @@ def test_a_steps_gradient_is_that_of_one_large_batch(
     for (batch,) in loader:
         one.start_batch(loader)
         loss = (batch @ (parameter + 1)).square().mean()
-        one.scaled(loss, len(batch) if is_weighted else None).backward()
+        scaled(one, loss, len(batch) if is_weighted else None).backward()
         count += len(batch)
         if not one.is_accumulating:
             factor = one.gradient_factor(torch.device("cpu"))
@@ -141,7 +150,7 @@ def test_without_counts_every_batch_counts_the_same() -> None:
     one, found = window(4), []
     for _ in range(4):
         one.start_batch(Uncounted())
-        found.append(one.scaled(torch.ones(()), None).item())
+        found.append(scaled(one, torch.ones(()), None).item())
         one.finish_batch()
     assert found == [0.25] * 4
 
@@ -150,7 +159,7 @@ def test_data_that_ends_unannounced_is_made_up_for_at_the_step() -> None:
     one, found = window(4), []
     for is_last in (False, True):
         one.start_batch(Uncounted(is_last))
-        found.append(one.scaled(torch.ones(()), None).item())
+        found.append(scaled(one, torch.ones(()), None).item())
         if not one.is_accumulating:
             assert sum(found) * one.gradient_factor(torch.device("cpu")) == 1.0
         assert one.finish_batch() is is_last
@@ -165,7 +174,7 @@ def weighted_run(plan: list[list[tuple[str, float | str]]]) -> list[float]:
         one.start_batch(batches)
         for call, value in calls:
             if call == "backward":
-                one.scaled(torch.ones(()), value)
+                scaled(one, torch.ones(()), value)
             elif not one.is_accumulating:
                 found.append(float(one.gradient_factor(torch.device("cpu"))))
         one.finish_batch()
@@ -200,7 +209,7 @@ def test_weights_of_another_rank_count_and_gradients_are_a_mean_over_ranks() -> 
     batches = Batches([4], all_ranks=[8])
     batches.next()
     one.start_batch(batches)
-    assert one.scaled(torch.ones(()), 2.0).item() == 2.0
+    assert scaled(one, torch.ones(()), 2.0).item() == 2.0
     assert float(one.gradient_factor(torch.device("cpu"))) == 2 / 8
 
 
@@ -208,7 +217,7 @@ def test_a_filler_weighs_nothing() -> None:
     one, batches = window(1, dp_size=2, sum_over_ranks=lambda total: total + 8.0), Batches([0], [1])
     batches.next()
     one.start_batch(batches)
-    assert one.scaled(torch.ones(()), 5.0).item() == 0.0
+    assert scaled(one, torch.ones(()), 5.0).item() == 0.0
     assert float(one.gradient_factor(torch.device("cpu"))) == 1 / 4
 
 
@@ -226,12 +235,12 @@ def test_weights_for_some_losses_of_a_window_only_are_refused(
     one, batches = window(2), Batches([4, 4])
     batches.next()
     one.start_batch(batches)
-    one.scaled(torch.ones(()), weights[0])
+    scaled(one, torch.ones(()), weights[0])
     one.finish_batch()
     batches.next()
     one.start_batch(batches)
     with pytest.raises(ValueError, match="Pass a weight every time, or never"):
-        one.scaled(torch.ones(()), weights[1])
+        scaled(one, torch.ones(()), weights[1])
 
 
 def test_the_next_window_may_choose_anew() -> None:
@@ -240,7 +249,7 @@ def test_the_next_window_may_choose_anew() -> None:
     for weight in (3.0, None):
         batches.next()
         one.start_batch(batches)
-        losses.append(float(one.scaled(torch.ones(()), weight)))
+        losses.append(float(scaled(one, torch.ones(()), weight)))
         assert one.finish_batch()
     assert losses == [3.0, 1.0]
 
@@ -266,6 +275,6 @@ def test_the_sum_of_weights_leaves_no_graph_behind() -> None:
     one, batches = window(1, sum_over_ranks=keep), Batches([4])
     batches.next()
     one.start_batch(batches)
-    one.scaled(torch.ones(()), torch.tensor(2.0, requires_grad=True) * 2)
+    scaled(one, torch.ones(()), torch.tensor(2.0, requires_grad=True) * 2)
     one.gradient_factor(torch.device("cpu"))
     assert not seen[0].requires_grad

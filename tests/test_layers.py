@@ -31,7 +31,7 @@ TRAINERS = ("trainer.dream", "trainer.base")
 #: Doors: they only re-export what lies behind them.
 DOORS = {"", "trainer"}
 #: Fabric's own, named like one of ours: (module, attribute).
-FOREIGN_PRIVATE = {("world.dream_world", "_callbacks")}
+FOREIGN_PRIVATE = {("world.dream_world", "_callbacks"), ("world.direct", "_callbacks")}
 NOT_A_CONCEPT = {"utils", "util", "helpers", "helper", "common", "misc", "tools", "shared"}
 
 

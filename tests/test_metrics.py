@@ -1,14 +1,23 @@
 from __future__ import annotations
 
 import math
+from types import MappingProxyType
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from dream_trainer.metrics import LoggedValues, merge_ranks, scalars, to_host, totals
+from dream_trainer.metrics import LoggedValues, merge_ranks, to_host, totals
 
 
-def test_scalars_are_the_numbers_of_what_a_step_returns() -> None:
+def logged(result: object, num_samples: int | None = None) -> list[tuple[str, Any, Any]]:
+    values = LoggedValues()
+    values.add_result(result, num_samples, "train/")
+    return values.take()
+
+
+def test_the_numbers_of_what_a_step_returns_are_logged() -> None:
     result = {
         "loss": torch.tensor(1.0),
         "one": torch.ones(1, 1),
@@ -19,41 +28,68 @@ def test_scalars_are_the_numbers_of_what_a_step_returns() -> None:
         "name": "x",
         "nothing": None,
     }
-    assert list(scalars(result)) == ["loss", "one", "lr", "count"]
-    assert scalars(torch.tensor(2.0)) == {"loss": torch.tensor(2.0)}
-    assert scalars(None) == scalars(3.0) == scalars([1.0]) == {}
+    names = ["train/loss", "train/one", "train/lr", "train/count"]
+    assert [name for name, _, _ in logged(result)] == names
+    assert logged(MappingProxyType(result)) == logged(result)
+    assert logged(torch.tensor(2.0)) == [("train/loss", torch.tensor(2.0), 1.0)]
+    assert logged(None) == logged(3.0) == logged([1.0]) == []
+
+
+def test_a_result_counts_by_its_weight_or_its_samples() -> None:
+    assert logged({"loss": 1.0}, 8) == [("train/loss", 1.0, 8.0)]
+    assert logged({"loss": 1.0, "weight": 3}, 8) == [("train/loss", 1.0, 3)]
+    assert logged({"weight": 3, "loss": 1.0}, 0) == [("train/loss", 1.0, 0.0)]  # a filler
+
+
+def test_results_and_values_keep_their_order() -> None:
+    values = LoggedValues()
+    values.add_number("lr", 0.1)
+    values.add_result({"loss": 1.0}, None, "train/")
+    values.add({"later": 2.0})
+    assert [name for name, _, _ in values.take()] == ["lr", "train/loss", "later"]
+    values.add_result({"loss": 1.0}, None, "train/")
+    values.drop()
+    assert values.take() == []
 
 
 def test_values_are_taken_once() -> None:
     values = LoggedValues()
     values.add({"loss": 1.0}, weight=2.0, prefix="train/")
     values.add({"loss": 3.0}, prefix="train/")
-    assert values.take() == {"train/loss": [(1.0, 2.0), (3.0, 1.0)]}
-    assert values.take() == {}
+    assert values.take() == [("train/loss", 1.0, 2.0), ("train/loss", 3.0, 1.0)]
+    assert values.take() == []
 
 
-def test_a_value_that_is_changed_in_place_later_was_logged_before() -> None:
-    values, running = LoggedValues(), torch.zeros(2)
+class Elsewhere(Tensor):
+    """Stands for a tensor of an accelerator, which is not read before it is wanted."""
+
+
+@pytest.mark.parametrize("kind", [Tensor, Elsewhere])
+def test_a_value_that_is_changed_in_place_later_was_logged_before(kind: type[Tensor]) -> None:
+    values, running = LoggedValues(), torch.zeros(2).as_subclass(kind)
     running += 1
-    values.add({"sum": running, "view": running[0]})
+    values.add({"view": running[0]})
+    values.add_result({"view": running[0]}, None, "")
+    values.resolve()
     running += 1
-    ((total, _),) = values.take()["view"]
-    assert total.item() == 1.0
+    assert [float(value) for _, value, _ in values.take()] == [1.0, 1.0]
 
 
-def test_a_logged_value_keeps_no_graph_alive() -> None:
+@pytest.mark.parametrize("kind", [Tensor, Elsewhere])
+def test_a_logged_value_keeps_no_graph_alive(kind: type[Tensor]) -> None:
     values = LoggedValues()
-    loss = torch.ones(2, requires_grad=True).sum()
+    loss = torch.ones(2, requires_grad=True).sum().as_subclass(kind)
     values.add({"loss": loss})
-    ((kept, _),) = values.take()["loss"]
-    assert not kept.requires_grad
+    ((_, kept, _),) = values.take()
+    assert not getattr(kept, "requires_grad", False)
+    assert isinstance(kept, kind) == (kind is Elsewhere)
 
 
 def test_totals_are_weighted_sums_row_by_row() -> None:
     rows = [
-        {"a": [(torch.tensor(1.0), 2.0), (3, 1.0)], "b": [(torch.tensor([2.0]), 1.0)]},
-        {},
-        {"a": [(0.5, 4.0)]},
+        [("a", torch.tensor(1.0), 2.0), ("a", 3, 1.0), ("b", torch.tensor([2.0]), 1.0)],
+        [],
+        [("a", 0.5, 4.0)],
     ]
     assert totals(rows) == [{"a": (5.0, 3.0), "b": (2.0, 1.0)}, {}, {"a": (2.0, 4.0)}]
 
@@ -77,10 +113,10 @@ def test_a_mean_over_ranks_weighs_samples_and_leaves_fillers_out() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_value_that_is_not_finite_stays_visible(bad: float) -> None:
-    (row,) = totals([{"loss": [(torch.tensor(bad), 1.0)]}])
+    (row,) = totals([[("loss", torch.tensor(bad), 1.0)]])
     assert str(merge_ranks([row, {"loss": (1.0, 1.0)}])["loss"]) == str(bad)
 
 
 def test_a_filler_that_is_not_finite_spoils_nothing() -> None:
-    (row,) = totals([{"loss": [(torch.tensor(math.nan), 0.0), (torch.tensor(2.0), 1.0)]}])
+    (row,) = totals([[("loss", torch.tensor(math.nan), 0.0), ("loss", torch.tensor(2.0), 1.0)]])
     assert merge_ranks([row]) == {"loss": 2.0}

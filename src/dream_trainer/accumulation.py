@@ -53,19 +53,22 @@ class AccumulationWindow:
 
     def start_batch(self, loader: SampleCounts) -> None:
         """A batch was handed out; ``training_step`` comes next."""
+        num_samples, all_samples = loader.num_samples, loader.num_samples_all_ranks
         if self._num_batches == 0:
-            self._plan(loader)
+            self._planned, self._num_samples = self.size, all_samples
+            if self.size > 1 and all_samples is not None:
+                self._plan_ahead(loader, all_samples)
         self._num_batches += 1
-        self._num_samples_used += loader.num_samples_all_ranks or 0
+        self._num_samples_used += all_samples or 0
         self.is_in_batch = True
         self._num_backwards = self._num_backwards_stepped = 0
         self._stepping = self._weights
         self._steps.clear()
-        self._is_filler = loader.num_samples == 0
-        if self._num_samples is None or loader.num_samples is None:
+        self._is_filler = num_samples == 0
+        if self._num_samples is None or num_samples is None:
             self._scale = 1.0 / self._planned
         else:
-            self._scale = loader.num_samples * self._dp_size / self._num_samples
+            self._scale = num_samples * self._dp_size / self._num_samples
         self.is_accumulating = self._num_batches < self._planned and not loader.is_last
 
     def finish_batch(self) -> bool:
@@ -78,12 +81,13 @@ class AccumulationWindow:
         if self.is_accumulating:
             return False
         self._num_batches = self._num_samples_used = 0
-        self._weights.clear()
+        if self._weights:
+            self._weights.clear()
         self._is_weighted = None
         return True
 
-    def scaled(self, loss: Tensor, weight: Weight | None) -> Tensor:
-        """The loss to call backward on.
+    def weighted(self, loss: Tensor, weight: Weight | None) -> tuple[Tensor, float]:
+        """The loss to call backward on, and what its gradient is to be multiplied by.
 
         Raises:
             ValueError: weights are given for some losses of the window and not for others.
@@ -96,7 +100,7 @@ class AccumulationWindow:
                 "Pass a weight every time, or never."
             )
         if weight is None:
-            return loss if self._scale == 1.0 else loss * self._scale
+            return loss, self._scale
         if self._is_filler:
             weight = weight * 0
         if self._num_backwards == len(self._weights):
@@ -105,7 +109,7 @@ class AccumulationWindow:
             # Not in place: the first summand is the user's own tensor.
             self._weights[self._num_backwards] = self._weights[self._num_backwards] + weight
         self._num_backwards += 1
-        return loss * weight
+        return loss * weight, 1.0
 
     def gradient_factor(self, device: torch.device) -> Tensor | float | None:
         """What a step multiplies its gradients by; None where they are right already.
@@ -156,13 +160,15 @@ class AccumulationWindow:
         Returns:
             Whether this is a new step of the run: optimizers that step side by side count once.
         """
-        before = max(self._steps.values(), default=0)
-        self._steps[optimizer] = self._steps.get(optimizer, 0) + 1
-        return self._steps[optimizer] > before
+        steps = self._steps
+        if not steps:
+            steps[optimizer] = 1
+            return True
+        before = max(steps.values())
+        steps[optimizer] = steps.get(optimizer, 0) + 1
+        return steps[optimizer] > before
 
-    def _plan(self, loader: SampleCounts) -> None:
-        self._planned, self._num_samples = self.size, loader.num_samples_all_ranks
-        if self.size > 1 and self._num_samples is not None:
-            ahead: Sequence[int] = loader.num_samples_ahead(self.size - 1) or ()
-            self._planned = 1 + len(ahead)
-            self._num_samples += sum(ahead)
+    def _plan_ahead(self, loader: SampleCounts, num_samples: int) -> None:
+        ahead: Sequence[int] = loader.num_samples_ahead(self.size - 1) or ()
+        self._planned = 1 + len(ahead)
+        self._num_samples = num_samples + sum(ahead)

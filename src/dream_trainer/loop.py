@@ -23,7 +23,7 @@ import torch
 from dream_trainer.accumulation import AccumulationWindow
 from dream_trainer.data import ResumableLoader
 from dream_trainer.errors import ConfigError
-from dream_trainer.metrics import LoggedValues, merge_ranks, observation, totals
+from dream_trainer.metrics import LoggedValues, merge_ranks, totals
 from dream_trainer.randomness import derive, rng_state, seed_everything, set_rng_state
 
 if TYPE_CHECKING:
@@ -56,6 +56,10 @@ class FitLoop:
         self._clock = clock
         self._last_time = 0.0
         self._step_limit = self._steps_of_epoch()
+        # What every batch needs, looked up once.
+        self._place, self._interruption = trainer.place, trainer.interruption
+        self._moves_batches = trainer.world.moves_batches
+        self._is_parallel = trainer.world.is_parallel
         if val_loader is not None:  # a fraction of an unknown length is known now, not in an hour
             trainer.training_parameters.val_batch_limit(val_loader.num_batches)
         self.is_evaluating = False
@@ -86,8 +90,9 @@ class FitLoop:
             Interrupted: Ctrl-C asked for it.
             Preempted: a scheduler's signal asked for it.
         """
-        self.trainer.interruption.check()
-        self._take_stop()
+        self._interruption.check()
+        if self._interruption.stop_reason is not None:
+            self._take_stop()
 
     def _settle(self) -> None:
         """A place where `stop` takes effect, and no signal does."""
@@ -102,7 +107,7 @@ class FitLoop:
     def is_done(self) -> bool:
         """Whether the run ends here. The same on every rank."""
         trainer, progress = self.trainer, self.trainer.progress
-        limits = trainer.training_parameters
+        limits = trainer.config.training_parameters
         done = (
             trainer.stop_reason is not None
             or (limits.n_epochs is not None and progress.epoch >= limits.n_epochs)
@@ -140,18 +145,20 @@ class FitLoop:
         """
         # Closed here, or an error's traceback would keep the loader's workers alive.
         with closing(iter(self.train_loader)) as batches:
-            self.trainer.place.enter("loader")
+            self._place.enter("loader")
             for batch in batches:
-                is_window_end = self.train_step(self.trainer.world.to_device(batch))
-                self.check()
+                if self._moves_batches:
+                    batch = self.trainer.world.to_device(batch)
+                is_window_end = self.train_step(batch)
                 if is_window_end:
                     self.finish_step()
-                    self.check()
+                self.check()
+                if is_window_end:
                     if not self._epoch_has_steps_left:
                         return True
                     if self.is_done:
                         return self.trainer.progress.last_batch_finished
-                self.trainer.place.enter("loader")
+                self._place.enter("loader")
         if not self.trainer.progress.num_batches_in_epoch:
             # Epochs without batches would follow each other for ever.
             raise RuntimeError(
@@ -177,35 +184,48 @@ class FitLoop:
         """
         trainer, progress, loader = self.trainer, self.trainer.progress, self.train_loader
         batch_idx = progress.num_batches_in_epoch
-        trainer.place.count(progress.num_steps, progress.epoch, batch_idx)
-        trainer.place.enter("training_step")
+        self._place.enter_step(progress.num_steps, progress.epoch, batch_idx)
         self.window.start_batch(loader)
         trainer.callbacks.pre_train_step(trainer, batch, batch_idx)
-        is_filler, logged = loader.num_samples == 0, trainer.logged
-        if is_filler:
-            # What it measures and logs would count a sample twice.
-            trainer.metrics.enter("filler")
-            trainer.logged = LoggedValues()
-        with trainer.world.accumulate(trainer.sync_modules, self.window.is_accumulating):
+        if loader.num_samples == 0:
+            result = self._step_on_filler(batch, batch_idx)
+        elif self._is_parallel:
+            result = self._step_on_ranks(batch, batch_idx)
+        else:
             result = trainer.training_step(batch, batch_idx)
-        if is_filler:
-            trainer.metrics.enter("train")
-            trainer.logged = logged
-        trainer.logged.add(*observation(result, loader.num_samples), prefix="train/")
+        trainer.logged.add_result(result, loader.num_samples, "train/")
         is_window_end = self.window.finish_batch()
-        progress.finish_batch(is_window_end=is_window_end, is_last=loader.is_last is True)
+        progress.finish_batch(is_window_end, loader.is_last is True)
         trainer.callbacks.post_train_step(trainer, result, batch, batch_idx)
+        if not is_window_end:
+            trainer.logged.resolve()
         return is_window_end
+
+    def _step_on_ranks(self, batch: Any, batch_idx: int) -> Any:
+        trainer = self.trainer
+        with trainer.world.accumulate(trainer.sync_modules, self.window.is_accumulating):
+            return trainer.training_step(batch, batch_idx)
+
+    def _step_on_filler(self, batch: Any, batch_idx: int) -> Any:
+        """What it measures and logs would count a sample twice."""
+        trainer, logged = self.trainer, self.trainer.logged
+        trainer.metrics.enter("filler")
+        trainer.logged = LoggedValues()
+        result = self._step_on_ranks(batch, batch_idx)
+        trainer.metrics.enter("train")
+        trainer.logged = logged
+        return result
 
     def finish_step(self) -> None:
         """After a window: validation if due, then the moment to save."""
+        trainer = self.trainer
         self._count_seconds()
-        self.validate_if_due()
-        self.check()
-        self.trainer.progress.close_step()
-        self.trainer.place.enter("save")
-        self.trainer.callbacks.on_boundary(self.trainer)
-        self.trainer.logged.take()  # if nobody else did
+        if trainer.config.training_parameters.val_every_n_steps is not None:
+            self.validate_if_due()
+        trainer.progress.close_step()
+        self._place.enter("save")
+        trainer.callbacks.on_boundary(trainer)
+        trainer.logged.drop()  # if nobody took it
 
     def finish_epoch(self) -> None:
         """After the last batch: validation if due, the epoch's end, the moment to save."""
@@ -230,7 +250,9 @@ class FitLoop:
         if every is None or not progress.num_steps or progress.num_steps % every:
             return
         if progress.last_validation_step != progress.num_steps:
+            self.check()  # validation can take long
             self.validate()
+            self.check()
 
     def validate(self) -> dict[str, float]:
         """Run the validation loader once; the results are the same on every rank."""
@@ -280,7 +302,8 @@ class FitLoop:
                 result = step(batch, batch_idx)
                 if phase == "val":
                     trainer.callbacks.post_validation_step(trainer, result, batch, batch_idx)
-                values.add(*observation(result, loader.num_samples), prefix=f"{phase}/")
+                values.add_result(result, loader.num_samples, f"{phase}/")
+                values.resolve()
                 if phase != "sanity":
                     self.check()
             parts = trainer.world.gather_data_parallel(totals([values.take()])[0])

@@ -2,101 +2,167 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 Value = Tensor | float | int
-#: Name -> (value, weight) of each observation.
-Observations = dict[str, list[tuple[Value, Value]]]
-
-
-def scalars(result: Any) -> dict[str, Value]:
-    """The loggable part of what a step returned: a mapping's scalars, or a loss alone."""
-    if isinstance(result, Tensor):
-        result = {"loss": result}
-    if not isinstance(result, Mapping):
-        return {}
-    return {
-        name: value
-        for name, value in result.items()
-        if (isinstance(value, Tensor) and value.numel() == 1)
-        or (isinstance(value, (int, float)) and not isinstance(value, bool))
-    }
-
-
-def observation(result: Any, num_samples: int | None) -> tuple[dict[str, Value], Value]:
-    """What a step returned, and how much it counts in means.
-
-    Args:
-        result: of the step. A ``"weight"`` in a mapping says how much the batch counts.
-        num_samples: what it counts otherwise; None counts 1. 0 is a filler, which never counts.
-    """
-    values = scalars(result)
-    weight = values.pop("weight", 1.0 if num_samples is None else float(num_samples))
-    return values, 0.0 if num_samples == 0 else weight
+#: Name, value and weight of each.
+Observations = list[tuple[str, Value, Value]]
+_NOTHING = (0.0, 0.0)
 
 
 class LoggedValues:
     """Observations since they were last taken. Adding costs no host synchronisation."""
 
     def __init__(self) -> None:
-        self._observations: Observations = {}
+        self._observations: Observations = []
+        self._result: tuple[Any, int | None, str] | None = None
+
+    def add_result(self, result: Any, num_samples: int | None, prefix: str) -> None:
+        """Add what a step returned. It is looked at when somebody asks for it, or in `resolve`.
+
+        Args:
+            result: a mapping, of which the scalars count; a loss; or anything else, which is
+                nothing. A ``"weight"`` in a mapping says how much the batch counts in means.
+            num_samples: what it counts otherwise; None counts 1. 0 is a filler, which never counts.
+            prefix: of the names.
+        """
+        if self._result is not None:
+            self.resolve()
+        self._result = result, num_samples, prefix
+
+    def add_number(self, name: str, value: float) -> None:
+        """Add one observation of one number."""
+        if self._result is not None:
+            self.resolve()
+        self._observations.append((name, value, 1.0))
 
     def add(self, values: Mapping[str, Value], weight: Value = 1.0, prefix: str = "") -> None:
         """Add one observation of each value."""
-        weight = _kept(weight)
+        if self._result is not None:
+            self.resolve()
+        if isinstance(weight, Tensor):
+            weight = _kept(weight)
         for name, value in values.items():
-            self._observations.setdefault(prefix + name, []).append((_kept(value), weight))
+            if isinstance(value, Tensor):
+                value = _kept(value)
+            self._observations.append((prefix + name, value, weight))
 
-    def state_dict(self) -> Observations:
-        """What was added and not taken. Differs by rank."""
-        return {name: list(entries) for name, entries in self._observations.items()}
+    def state_dict(self) -> dict[str, list[tuple[Value, Value]]]:
+        """Values and weights by name that were added and not taken. Differs by rank."""
+        self.resolve()
+        state: dict[str, list[tuple[Value, Value]]] = {}
+        for name, value, weight in self._observations:
+            state.setdefault(name, []).append((value, weight))
+        return state
 
     def load_state_dict(self, state_dict: Mapping[str, Iterable[tuple[Value, Value]]]) -> None:
         """The inverse of `state_dict`."""
-        self._observations = {name: list(entries) for name, entries in state_dict.items()}
+        self._result = None
+        self._observations = [
+            (name, value, weight)
+            for name, entries in state_dict.items()
+            for value, weight in entries
+        ]
 
     def take(self) -> Observations:
         """Hand over what was added, and start anew."""
-        taken, self._observations = self._observations, {}
+        if self._result is not None:
+            self.resolve()
+        taken, self._observations = self._observations, []
         return taken
+
+    def drop(self) -> None:
+        """Forget what was added."""
+        self._result = None
+        if self._observations:
+            self._observations = []
+
+    def resolve(self) -> None:
+        """Look at the result that was added last: before anything can change its tensors."""
+        # In every step: one loop, and no call for each value.
+        if self._result is None:
+            return
+        (result, num_samples, prefix), self._result = self._result, None
+        if isinstance(result, Tensor):
+            result = {"loss": result}
+        elif type(result) is not dict and not isinstance(result, Mapping):
+            return
+        weight: Value = 1.0 if num_samples is None else float(num_samples)
+        found = []
+        for name, value in result.items():
+            if isinstance(value, Tensor):
+                if value.numel() != 1:
+                    continue
+                value = _kept(value)
+            elif not isinstance(value, (int, float)) or isinstance(value, bool):
+                continue
+            if name == "weight":
+                weight = value if num_samples != 0 else weight
+            else:
+                found.append((prefix + name, value))
+        self._observations += [(name, value, weight) for name, value in found]
 
 
 def totals(rows: Iterable[Observations]) -> list[dict[str, tuple[float, float]]]:
     """Per row: name -> (weighted sum, sum of weights). One transfer, a host synchronisation."""
     rows = list(rows)
-    pairs = [pair for row in rows for entries in row.values() for pair in entries]
-    host = iter(to_host([number for pair in pairs for number in pair]))
+    moved = iter(
+        _moved([n for row in rows for entry in row for n in entry if isinstance(n, Tensor)])
+    )
+    found = []
+    for row in rows:
+        sums: dict[str, tuple[float, float]] = {}
+        for name, value, weight in row:
+            value = next(moved) if isinstance(value, Tensor) else value
+            weight = next(moved) if isinstance(weight, Tensor) else weight
+            # What weighs nothing may be NaN, and 0 x NaN is NaN.
+            one = (value * weight, weight) if weight else _NOTHING
+            if name in sums:
+                total, total_weight = sums[name]
+                one = total + one[0], total_weight + one[1]
+            sums[name] = one
+        found.append(sums)
+    return found
 
-    def total(entries: list[tuple[Value, Value]]) -> tuple[float, float]:
-        pairs = [(next(host), next(host)) for _ in entries]
-        # What weighs nothing may be NaN, and 0 x NaN is NaN.
-        return sum(v * w for v, w in pairs if w), sum(w for _, w in pairs)
 
-    return [{name: total(entries) for name, entries in row.items()} for row in rows]
+def means(rows: Iterable[Observations]) -> list[dict[str, float]]:
+    """`totals` and `merge_ranks` of one rank alone. One transfer, a host synchronisation."""
+    return [
+        {name: total / weight for name, (total, weight) in row.items() if weight}
+        for row in totals(rows)
+    ]
 
 
-def _kept(value: Value) -> Value:
-    if not isinstance(value, Tensor):
-        return value
+def _kept(value: Tensor) -> Value:
+    if value.is_cpu and type(value) is Tensor:
+        return value.item()  # nothing to wait for; a tensor that is kept costs more
     # Anything but a fresh result may be changed in place before it is read.
-    is_fresh = value.grad_fn is not None and value._base is None
+    is_fresh = not value.is_leaf and not value._is_view()
     return value.detach() if is_fresh else value.detach().clone()
 
 
-def to_host(values: list[Value]) -> list[float]:
-    """Values as Python floats, in one transfer. A host synchronisation."""
-    tensors = [value for value in values if isinstance(value, Tensor)]
+def to_host(values: Iterable[Value]) -> list[float]:
+    """Numbers, and tensors of one element, as floats; in one transfer. A host synchronisation."""
+    values = list(values)
+    moved = iter(_moved([value for value in values if isinstance(value, Tensor)]))
+    return [next(moved) if isinstance(value, Tensor) else float(value) for value in values]
+
+
+def _moved(tensors: Sequence[Tensor]) -> list[float]:
     if not tensors:
-        return [float(value) for value in values]
+        return []
     # A user's own value, or one from a checkpoint, may be on the CPU beside an accelerator's.
     device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
-    stacked = torch.stack([tensor.reshape(()).double().to(device) for tensor in tensors])
-    moved = iter(stacked.tolist())
-    return [next(moved) if isinstance(value, Tensor) else float(value) for value in values]
+    dtype = tensors[0].dtype
+    if any(t.dtype != dtype or t.device != device for t in tensors):
+        tensors = [tensor.double().to(device) for tensor in tensors]
+    stacked = torch.stack([t.reshape(()) if t.ndim else t for t in tensors])
+    moved: list[float] = stacked.double().tolist()
+    return moved
 
 
 def merge_ranks(parts: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, float]:

@@ -52,7 +52,7 @@ class Progress:
         """An epoch begins."""
         self.in_epoch = True
 
-    def finish_batch(self, *, is_window_end: bool, is_last: bool = False) -> None:
+    def finish_batch(self, is_window_end: bool, is_last: bool = False) -> None:
         """A batch went through ``training_step``."""
         self.is_step_open, self.last_batch_finished = is_window_end, is_last
         self.num_batches += 1

@@ -91,6 +91,82 @@ def preserved() -> Iterator[None]:
         set_raw_state(outer)
 
 
+class Apart:
+    """A block that leaves the CPU generators as they were before it, for use once a batch.
+
+    NumPy's generator is exchanged for another one: saving and restoring it takes a hundred times
+    as long. What it draws first inside the block must be seeded there.
+    """
+
+    def __init__(self) -> None:
+        self._bits = np.random.MT19937(0)
+
+    def __enter__(self) -> None:
+        self._outer = random.getstate(), np.random.mtrand.get_bit_generator(), torch.get_rng_state()
+        np.random.mtrand.set_bit_generator(self._bits)
+
+    def __exit__(self, *error: object) -> None:
+        python, bits, own_torch = self._outer
+        random.setstate(python)
+        np.random.mtrand.set_bit_generator(bits)
+        torch.set_rng_state(own_torch)
+
+
+class Stream(Apart):
+    """Draws of its own: each block goes on where the last one ended.
+
+    Args:
+        seed: of the first block.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        with self._as_before():
+            seed_cpu(seed)
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        random.setstate(self._python)
+        torch.set_rng_state(self._torch)
+
+    def __exit__(self, *error: object) -> None:
+        self._python, self._torch = random.getstate(), torch.get_rng_state()
+        super().__exit__(*error)
+
+    def state(self) -> dict[str, Any]:
+        """Where it is, as plain data and tensors."""
+        inner = self._bits.state["state"]
+        numpy = ("MT19937", inner["key"], inner["pos"], 0, 0.0)
+        return encode_state((self._python, numpy, self._torch))
+
+    @classmethod
+    def at(cls, state: Mapping[str, Any]) -> Stream:
+        """The one that gave a state."""
+        self = cls(0)
+        self._python, (_, key, position, *_), self._torch = decode_state(state)
+        self._bits.state = {
+            "bit_generator": "MT19937",
+            "state": {"key": key, "pos": position},
+        }
+        return self
+
+    @contextmanager
+    def _as_before(self) -> Iterator[None]:
+        Apart.__enter__(self)
+        try:
+            yield
+        finally:
+            Stream.__exit__(self)
+
+
+def drop_spare_normal() -> None:
+    """Let NumPy forget the second of two normal draws, as each exchange of its generator does.
+
+    Whether there was one, before a batch for example, must not depend on how the batch is made.
+    """
+    np.random.mtrand.set_bit_generator(np.random.mtrand.get_bit_generator())
+
+
 def rng_state() -> dict[str, Any]:
     """State of every global generator of this process, accelerators included."""
     state = encode_state(raw_state())

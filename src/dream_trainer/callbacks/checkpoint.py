@@ -59,7 +59,8 @@ class CheckpointCallback(Callback):
 
     def on_boundary(self, trainer: BaseTrainer) -> None:
         """Save if a trigger is due."""
-        trainer.checkpointer.report()
+        if trainer.checkpointer.is_saving:
+            trainer.checkpointer.report()
         if not self._is_due(trainer):
             return
         try:
@@ -84,18 +85,14 @@ class CheckpointCallback(Callback):
         trainer.world.print(f"saved at step {trainer.global_step}; the same command goes on")
 
     def _is_due(self, trainer: BaseTrainer) -> bool:
-        parameters, progress = trainer.checkpoint_parameters, trainer.progress
-        if not parameters.enable or self._saved_at == self._place(trainer):
+        parameters, progress = trainer.config.checkpoint_parameters, trainer.progress
+        if not parameters.enable:
             return False
-        every_steps, every_epochs = parameters.every_n_steps, parameters.every_n_epochs
-        last = self._saved_at
-        is_due = (
-            every_steps is not None
-            and progress.num_steps % every_steps == 0
-            and (last is None or last.num_steps != progress.num_steps)
-        )
-        if not progress.in_epoch and every_epochs is not None:
-            is_due |= progress.epoch % every_epochs == 0
+        is_due, last, every_steps = False, self._saved_at, parameters.every_n_steps
+        if every_steps is not None and progress.num_steps % every_steps == 0:
+            is_due = last is None or last.num_steps != progress.num_steps
+        if not progress.in_epoch and parameters.every_n_epochs is not None:
+            is_due |= progress.epoch % parameters.every_n_epochs == 0
         if parameters.after_validation:
             validated = progress.last_validation_step
             is_due |= validated == progress.num_steps and (
@@ -106,7 +103,7 @@ class CheckpointCallback(Callback):
             # Costs a broadcast per step, with this trigger only.
             passed = self._clock() - self._last_time
             is_due |= trainer.world.broadcast(passed >= 60 * parameters.every_n_minutes)
-        return is_due
+        return is_due and self._saved_at != self._place(trainer)
 
     def _save_now(self, trainer: BaseTrainer) -> None:
         """Return once this place is saved."""
@@ -132,5 +129,12 @@ class CheckpointCallback(Callback):
         self._is_saved = True
 
     def _place(self, trainer: BaseTrainer) -> _Place:
-        own = vars(trainer.progress) | {"stop_reason": trainer.stop_reason}
-        return _Place(**{name: own[name] for name in _Place._fields})
+        progress = trainer.progress
+        return _Place(
+            progress.num_batches,
+            progress.num_steps,
+            progress.epoch,
+            progress.in_epoch,
+            progress.last_validation_step,
+            trainer.stop_reason,
+        )

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 from dream_trainer.callbacks.callback import Callback
 from dream_trainer.errors import NonFiniteError
 from dream_trainer.loggers import JsonlLog, purge_after
-from dream_trainer.metrics import Observations, merge_ranks, totals
+from dream_trainer.metrics import Observations, means, merge_ranks, totals
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
 
+#: Rows in the file that a failing disk may have lost, and that can be written again.
+_MOST_UNSYNCED = 10_000
 _WATCHED = ("train/loss", "train/grad_norm")
 
 
@@ -36,10 +38,11 @@ class MetricLogger(Callback):
     def __init__(self, every_n_steps: int = 1, flush_every_n_rows: int = 50) -> None:
         self.every_n_steps = every_n_steps
         self.flush_every_n_rows = flush_every_n_rows
-        self._pending: list[tuple[dict[str, Any], Observations]] = []
+        self._pending: list[tuple[int, int, Observations]] = []
         self._log: JsonlLog | None = None
         self._size = self._crc32 = 0
         self._unwritten: list[dict[str, Any]] = []
+        self._unsynced: list[dict[str, Any]] = []
         self._last_validation_step = self._last_train_epoch = -1
 
     def pre_fit(self, trainer: BaseTrainer) -> None:
@@ -48,6 +51,7 @@ class MetricLogger(Callback):
             self._size = self._crc32 = 0
             self._unwritten = []
             return
+        self._unsynced = []
         self._log = JsonlLog(trainer.run_directory / "metrics.jsonl")
         if not trainer.progress.num_batches:
             self._log.start_afresh()
@@ -68,12 +72,14 @@ class MetricLogger(Callback):
         self._take_train_epoch(trainer)
         self._take_validation(trainer)
         self.flush(trainer)
+        if self._log is not None:
+            self._write_log(self._log, [], sync=True)
 
     def post_train_step(
         self, trainer: BaseTrainer, result: Any, batch: Any, batch_idx: int
     ) -> None:
         """Take the values of a finished step."""
-        if trainer.is_accumulating_gradients:
+        if trainer.window.is_accumulating:
             return
         self._take_step(trainer)
         if len(self._pending) >= self.flush_every_n_rows:
@@ -93,7 +99,7 @@ class MetricLogger(Callback):
     def on_boundary(self, trainer: BaseTrainer) -> None:
         """Write what was logged after the step, in the hooks of a validation or an epoch."""
         if values := trainer.logged.take():
-            self._pending.append((self._place(trainer), values))
+            self._add_row(trainer, values)
 
     def post_fit(self, trainer: BaseTrainer) -> None:
         """Write the last rows; nothing else does in a run that ends inside an epoch unsaved."""
@@ -110,6 +116,7 @@ class MetricLogger(Callback):
             unwritten, self._unwritten = self._unwritten, []
             try:
                 log.write(unwritten)
+                log.sync()
                 self._size, self._crc32 = log.size, log.crc32
             finally:
                 log.close()
@@ -119,10 +126,15 @@ class MetricLogger(Callback):
         if not self._pending:
             return
         pending, self._pending = self._pending, []
-        parts = trainer.world.gather_data_parallel(totals(row for _, row in pending))
+        values = [row for _, _, row in pending]
+        if trainer.world.dp_size == 1:
+            logged = means(values)
+        else:
+            parts = trainer.world.gather_data_parallel(totals(values))
+            logged = [merge_ranks(of_ranks) for of_ranks in zip(*parts, strict=True)]
         rows = [
-            place | merge_ranks([part[index] for part in parts])
-            for index, (place, _) in enumerate(pending)
+            {"step": step, "epoch": epoch, **row}
+            for (step, epoch, _), row in zip(pending, logged, strict=True)
         ]
         self._write(trainer, rows)
         # A loss scale that is too large makes norms overflow; such steps are skipped as meant.
@@ -156,8 +168,8 @@ class MetricLogger(Callback):
 
     def _take_step(self, trainer: BaseTrainer) -> None:
         values = trainer.logged.take()
-        if values and trainer.global_step % self.every_n_steps == 0:
-            self._pending.append((self._place(trainer), values))
+        if values and trainer.progress.num_steps % self.every_n_steps == 0:
+            self._add_row(trainer, values)
 
     def _take_train_epoch(self, trainer: BaseTrainer) -> None:
         progress = trainer.progress
@@ -165,13 +177,13 @@ class MetricLogger(Callback):
             return
         self._last_train_epoch = progress.epoch
         if results := trainer.metrics.compute("train"):
-            self._pending.append((self._place(trainer), _exact(results)))
+            self._add_row(trainer, _exact(results))
 
     def _take_validation(self, trainer: BaseTrainer) -> None:
         step = trainer.progress.last_validation_step
         if step != self._last_validation_step:
             self._last_validation_step = step
-            self._pending.append((self._place(trainer), _exact(trainer.validation_results)))
+            self._add_row(trainer, _exact(trainer.validation_results))
 
     def _write(self, trainer: BaseTrainer, rows: list[dict[str, Any]]) -> None:
         if not trainer.world.is_global_zero:
@@ -183,23 +195,29 @@ class MetricLogger(Callback):
                 metrics = {k: v for k, v in row.items() if k not in ("step", "epoch")}
                 logger.log_metrics(metrics | {"epoch": row["epoch"]}, step=row["step"])
 
-    def _write_log(self, log: JsonlLog, rows: list[dict[str, Any]]) -> None:
+    def _write_log(self, log: JsonlLog, rows: list[dict[str, Any]], sync: bool = False) -> None:
         """Rows that a full disk has no place for are written with later ones."""
         was_full = bool(self._unwritten)
         self._unwritten += rows
         try:
             log.write(self._unwritten)
+            self._unsynced += self._unwritten
+            self._unwritten = []
+            if sync or len(self._unsynced) >= _MOST_UNSYNCED:
+                log.sync()
+                self._unsynced = []
+                self._size, self._crc32 = log.size, log.crc32
         except OSError as error:
+            self._unwritten = self._unsynced + self._unwritten
+            self._unsynced = []
             if not was_full:
                 text = f"rows of {log.path} are kept in memory until they can be written: {error}"
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
-            return
-        self._unwritten = []
-        self._size, self._crc32 = log.size, log.crc32
 
-    def _place(self, trainer: BaseTrainer) -> dict[str, Any]:
-        return {"step": trainer.global_step, "epoch": trainer.current_epoch}
+    def _add_row(self, trainer: BaseTrainer, values: Observations) -> None:
+        progress = trainer.progress
+        self._pending.append((progress.num_steps, progress.epoch, values))
 
 
 def _exact(results: Mapping[str, float]) -> Observations:
-    return {name: [(value, 1.0)] for name, value in results.items()}
+    return [(name, value, 1.0) for name, value in results.items()]

@@ -127,6 +127,11 @@ class Checkpointer:
         self._under_way = BackgroundSave(staged, commit, optimizers, self.world.device)
         return path
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save was begun whose outcome is not reported."""
+        return self._under_way is not None
+
     def report(self, *, wait: bool = False) -> bool:
         """Warn if the last save failed.
 

@@ -82,14 +82,11 @@ class Interruption:
 
     def settle(self) -> None:
         """Count a place at which `stop` may take effect. On every rank, as often, in order."""
-        self._signals.settle()
+        if self._signals.has_caught:
+            self._signals.settle()
         request = self._agreement.tick()
-        if request is None:
-            return
-        if request.kind == "stop":
-            self.stop_reason = self.stop_reason or request.reason
-        else:
-            self._due = request
+        if request is not None:
+            self._take(request)
 
     def check(self) -> None:
         """Count a place at which the run may end, as `settle` does.
@@ -98,11 +95,22 @@ class Interruption:
             Interrupted: on every rank at the same place, if Ctrl-C was pressed.
             Preempted: likewise, if a scheduler's signal came.
         """
-        self.settle()
+        # As `settle` does, without another call: this is in every step.
+        if self._signals.has_caught:
+            self._signals.settle()
+        request = self._agreement.tick()
+        if request is not None:
+            self._take(request)
         if self._due is not None:
             if self._due.kind == "interrupt":
                 raise Interrupted
             raise Preempted(self._due.reason)
+
+    def _take(self, request: StopRequest) -> None:
+        if request.kind == "stop":
+            self.stop_reason = self.stop_reason or request.reason
+        else:
+            self._due = request
 
     def _heard(self, number: signal.Signals) -> None:
         if number != signal.SIGINT and self._is_pointless():

@@ -23,8 +23,9 @@ PHASES = (
     "save",
     "end",
 )
+_TRAINING_STEP = PHASES.index("training_step")
 _NUMBERS = {phase: number for number, phase in enumerate(PHASES)}
-_LAYOUT = struct.Struct("=Bqqq")
+_LAYOUT = struct.Struct("=qqqq")
 
 
 class Place:
@@ -35,20 +36,22 @@ class Place:
     """
 
     def __init__(self) -> None:
-        self._memory: bytearray | mmap.mmap = bytearray(_LAYOUT.size)
+        self._file: mmap.mmap | None = None
+        self._numbers = memoryview(bytearray(_LAYOUT.size)).cast("q")
 
     def enter(self, phase: str) -> None:
         """Say what comes now: one of `PHASES`."""
-        self._memory[0] = _NUMBERS[phase]
+        self._numbers[0] = _NUMBERS[phase]
 
     @property
     def phase(self) -> str:
         """What was entered last."""
-        return PHASES[self._memory[0]]
+        return PHASES[self._numbers[0]]
 
-    def count(self, step: int, epoch: int, batch: int) -> None:
-        """Say how far the run is."""
-        _LAYOUT.pack_into(self._memory, 0, self._memory[0], step, epoch, batch)
+    def enter_step(self, step: int, epoch: int, batch: int) -> None:
+        """Say that a batch goes into ``training_step``, and how far the run is."""
+        numbers = self._numbers
+        numbers[0], numbers[1], numbers[2], numbers[3] = _TRAINING_STEP, step, epoch, batch
 
     def share(self) -> Path:
         """Move to a file; `forget` it once all who want to see it have opened it.
@@ -58,8 +61,9 @@ class Place:
         """
         descriptor, name = tempfile.mkstemp(prefix="dream-trainer-place-")
         try:
-            os.write(descriptor, self._memory[:])
-            self._memory = mmap.mmap(descriptor, _LAYOUT.size)
+            os.write(descriptor, self._numbers.tobytes())
+            self._file = mmap.mmap(descriptor, _LAYOUT.size)
+            self._numbers = memoryview(self._file).cast("q")
         except OSError:
             forget(Path(name))
             raise
@@ -69,12 +73,16 @@ class Place:
 
     def keep(self) -> None:
         """Back into memory of its own."""
-        if isinstance(self._memory, mmap.mmap):
-            shared, self._memory = self._memory, bytearray(self._memory[:])
-            shared.close()
+        if self._file is not None:
+            shared, file = self._numbers, self._file
+            self._numbers = memoryview(bytearray(shared.tobytes())).cast("q")
+            self._file = None
+            shared.release()
+            with suppress(BufferError):  # another thread reads it just now
+                file.close()
 
     def __str__(self) -> str:
-        return describe(bytes(self._memory[:]))
+        return describe(self._numbers.tobytes())
 
 
 class SharedPlace:

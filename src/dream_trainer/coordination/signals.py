@@ -61,6 +61,8 @@ class SignalWatch:
         self._first_ctrl_c: dict[int, float] = {}
         self._caught: set[int] = set()
         self._heard_of: set[int] = set()
+        self.has_caught = False
+        """Whether there may be something to `settle`."""
 
     def __enter__(self) -> SignalWatch:
         global _active
@@ -68,7 +70,7 @@ class SignalWatch:
         os.set_blocking(self._writer, False)
         self._deadline = None
         self._first_ctrl_c.clear()
-        self._caught, self._heard_of = set(), set()
+        self._caught, self._heard_of, self.has_caught = set(), set(), False
         self._thread = threading.Thread(target=self._run, name="signals", daemon=True)
         self._thread.start()
         if threading.current_thread() is threading.main_thread() and _active is None:
@@ -110,14 +112,14 @@ class SignalWatch:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """In the main thread, late perhaps; the other thread has heard of it already."""
         self._caught.add(number)
+        self.has_caught = True
         if number == signal.SIGINT and self._is_second_ctrl_c():
             raise KeyboardInterrupt
 
     def settle(self) -> None:
         """Return once ``heard`` was called for every signal that the main thread knows of."""
-        if self._caught:
-            while self._caught - self._heard_of:
-                time.sleep(0.001)
+        while self._caught - self._heard_of:
+            time.sleep(0.001)
 
     def _is_second_ctrl_c(self) -> bool:
         now, thread = self._clock(), threading.get_ident()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,16 +15,7 @@ from dream_trainer.data.own_generators import own_generators, seed_generators
 from dream_trainer.data.reader import HandedOut, Reader
 from dream_trainer.data.sample_seeding import StartIterableWorker
 from dream_trainer.data.sampling import Place
-from dream_trainer.randomness import (
-    RawState,
-    decode_state,
-    derive,
-    encode_state,
-    preserved,
-    raw_state,
-    seed_cpu,
-    set_raw_state,
-)
+from dream_trainer.randomness import Stream, derive, preserved
 
 
 class IterableReader(Reader):
@@ -47,8 +38,8 @@ class IterableReader(Reader):
         )
         self._was_opened = self._is_resumed = self._is_rewound = False
         self._first: Any = None
-        self._before_peek: tuple[Any, RawState | None] | None = None
-        self._stream: RawState | None = None
+        self._before_peek: tuple[Any, dict[str, Any] | None] | None = None
+        self._stream: Stream | None = None
         self.attach(Place())
 
     def attach(self, place: Place) -> None:
@@ -81,9 +72,8 @@ class IterableReader(Reader):
     def state(self) -> dict[str, Any]:
         state: dict[str, Any] = {"rank": self._place.rank, "size": self._place.size}
         if self._has_state:
-            inner, stream = self._before_peek or (self._loader.state_dict(), self._stream)
-            state["loader"] = inner
-            state["stream"] = None if stream is None else encode_state(stream)
+            inner, stream = self._before_peek or (self._loader.state_dict(), self._stream_state())
+            state["loader"], state["stream"] = inner, stream
         return state
 
     def problems(self, state: Mapping[str, Any]) -> list[str]:
@@ -104,21 +94,23 @@ class IterableReader(Reader):
                 stacklevel=3,
             )
         if self._has_state:
-            stream = state["stream"]
-            self._before_peek = (
-                copy.deepcopy(state["loader"]),
-                None if stream is None else decode_state(stream),
-            )
+            self._before_peek = copy.deepcopy((state["loader"], state["stream"]))
             self._is_resumed = True
 
     def read(
         self, epoch: int, position: int, *, looks_ahead: bool
     ) -> Generator[HandedOut, None, None]:
         first = self._place.first_batches
+        if self._is_sequence:
+            return self._read_sequence(position, first)
+        return self._read_iterable(epoch, position, first, looks_ahead)
+
+    def _read_iterable(
+        self, epoch: int, position: int, first: int | None, looks_ahead: bool
+    ) -> Generator[HandedOut, None, None]:
         if first is not None and position >= first:
             return
         iterator = self._open(epoch, position)
-        peeks = looks_ahead and not self._is_sequence
         nothing = object()
 
         def fetch() -> Any:
@@ -133,28 +125,35 @@ class IterableReader(Reader):
                 following, is_last = nothing, None
                 if position == first:
                     is_last, self._before_peek = True, None
-                elif self._is_sequence:
-                    is_last = position == len(self._loader)
-                elif peeks:
+                elif looks_ahead:
                     if self._has_state:
                         # Its own state would count the batch that is only looked at. A copy:
                         # the loader may go on to change what it gave.
-                        self._before_peek = (copy.deepcopy(self._loader.state_dict()), self._stream)
+                        inner = copy.deepcopy(self._loader.state_dict())
+                        self._before_peek = (inner, self._stream_state())
                     following = fetch()
                     is_last = following is nothing
                 yield HandedOut(item, 1, None, None, is_last)
                 if position == first:
                     return
-                item = following if peeks else fetch()
+                item = following if looks_ahead else fetch()
         finally:
             if not self._has_state:
                 # Workers that persist would wait for an epoch that starts with new ones.
                 getattr(iterator, "_shutdown_workers", bool)()
 
+    def _read_sequence(self, position: int, first: int | None) -> Generator[HandedOut, None, None]:
+        batches, any_rank = self._loader, self._place.any_rank
+        while True:
+            length = len(batches) if first is None else min(len(batches), first)
+            if any_rank(position >= length):
+                return
+            batch = batches[position]
+            position += 1
+            yield HandedOut(batch, 1, None, None, position == length)
+
     def _open(self, epoch: int, position: int) -> Iterator[Any]:
         loader = self._loader
-        if self._is_sequence:
-            return (loader[index] for index in range(position, len(loader)))
         if self._is_one_shot and self._was_opened:
             raise RuntimeError(
                 f"this {type(loader).__name__} can be read once only, so it gave no batch in epoch "
@@ -176,8 +175,9 @@ class IterableReader(Reader):
                     f"{position} batches. A map-style data set continues at once.",
                     stacklevel=4,
                 )
-                for _ in range(position):
-                    next(iterator, None)
+        for _ in range(position):
+            with self._own_stream():
+                next(iterator, None)
         return iterator
 
     def _open_with_state(self, epoch: int, position: int) -> Iterator[Any]:
@@ -185,7 +185,7 @@ class IterableReader(Reader):
         resumed, self._before_peek = self._before_peek, None
         self._is_resumed = False
         if resumed is None and position:
-            resumed = loader.state_dict(), self._stream  # left in mid-epoch, by a break
+            resumed = loader.state_dict(), self._stream_state()  # left in mid-epoch, by a break
         if resumed is None and self._is_rewound:
             resumed = copy.deepcopy(self._first), None
         self._is_rewound = False
@@ -196,13 +196,14 @@ class IterableReader(Reader):
         with self._own_stream():
             iterator: Iterator[Any] = iter(loader)
         # What opening draws, a seed for workers perhaps, was drawn before the state was taken.
-        self._stream = self._stream if stream is None else stream
+        self._stream = self._stream if stream is None else Stream.at(stream)
         return iterator
 
     def _start_stream(self, epoch: int) -> None:
-        with preserved():
-            seed_cpu(derive(self._place.seed, epoch, self._place.rank, "stream"))
-            self._stream = raw_state()
+        self._stream = Stream(derive(self._place.seed, epoch, self._place.rank, "stream"))
+
+    def _stream_state(self) -> dict[str, Any] | None:
+        return None if self._stream is None else self._stream.state()
 
     def _started_anew(self, epoch: int) -> Any:
         """The loader with its own generators at the epoch's beginning, and without old workers.
@@ -226,15 +227,6 @@ class IterableReader(Reader):
         vars(again).update(parts)
         return again
 
-    @contextmanager
-    def _own_stream(self) -> Iterator[None]:
+    def _own_stream(self) -> AbstractContextManager[None]:
         """Draws inside come from the loader's stream, not from the run's."""
-        if self._stream is None:
-            yield
-            return
-        with preserved():
-            set_raw_state(self._stream)
-            try:
-                yield
-            finally:
-                self._stream = raw_state()
+        return nullcontext() if self._stream is None else self._stream

@@ -14,7 +14,7 @@ from dream_trainer.data.own_generators import preserved_generators
 from dream_trainer.data.reader import HandedOut, Reader
 from dream_trainer.data.sample_seeding import Key, SeededCollate, SeededDataset, StartMapWorker
 from dream_trainer.data.sampling import Place, SamplingPlan, Share
-from dream_trainer.randomness import derive, preserved
+from dream_trainer.randomness import Apart, derive, drop_spare_normal, seed_cpu
 
 
 class MapStyleReader(Reader):
@@ -29,6 +29,9 @@ class MapStyleReader(Reader):
 
     def __init__(self, loader: DataLoader[Any], *, seed_samples: bool) -> None:
         self._loader, self._seeds_samples = loader, seed_samples
+        # Those of the base class ask for a sample, which is seeded, before anything is drawn.
+        self._may_draw_itself = type(loader).__iter__ is not DataLoader.__iter__
+        self._apart = Apart()
         self.attach(Place())
 
     def attach(self, place: Place) -> None:
@@ -65,7 +68,7 @@ class MapStyleReader(Reader):
         nothing = object()
         try:
             for share in self._plan.shares(epoch, position):
-                with self._isolated(epoch):
+                with self._isolated(epoch, left):
                     batch = next(iterator, nothing)
                 if batch is nothing:
                     raise RuntimeError(
@@ -123,16 +126,18 @@ class MapStyleReader(Reader):
         return _whole_batch if type(self._loader.sampler) is BatchSampler else _single
 
     @contextmanager
-    def _isolated(self, epoch: int) -> Iterator[None]:
+    def _isolated(self, epoch: int, num_left: int) -> Iterator[None]:
         """In the main process samples are drawn among the run's own draws: put those back."""
         again = self._torch_loader
         if not self._seeds_samples or self._loader.num_workers or again is None:
+            drop_spare_normal()
             yield
             return
-        # Once a batch: saving and restoring costs as much as seeding twenty samples.
         both: tuple[Any, Any] = (again.dataset, again.collate_fn)
         own = [one for part in both for one in part.seeds.generators(epoch)]
-        with preserved(), preserved_generators(own):
+        with self._apart, preserved_generators(own):
+            if self._may_draw_itself:
+                seed_cpu(derive(self._place.seed, epoch, self._place.rank, num_left, "iterator"))
             yield
 
 

@@ -196,12 +196,10 @@ class ResumableLoader:
         with closing(
             reader.read(epoch, self._position, looks_ahead=self.looks_ahead)
         ) as handed_out:
-            for one in handed_out:
-                self._position += one.advance
-                self.num_samples = one.num_samples
-                self.num_samples_all_ranks = one.num_samples_all_ranks
-                self.is_last = one.is_last
-                yield one.batch
+            for batch, advance, self.num_samples, num_samples_all_ranks, is_last in handed_out:
+                self._position += advance
+                self.num_samples_all_ranks, self.is_last = num_samples_all_ranks, is_last
+                yield batch
         self._start_epoch(self.epoch + 1)
 
     def state_dict(self) -> dict[str, Any]:

@@ -26,24 +26,17 @@ from dream_trainer.callbacks import (
 from dream_trainer.configs import CheckpointParameters, Link, TrainingParameters
 from dream_trainer.coordination import Interruption, Place, RankWatch, StopAgreement
 from dream_trainer.data import ResumableLoader
-from dream_trainer.errors import (
-    ConfigError,
-    UnknownComponentError,
-)
+from dream_trainer.errors import ConfigError
 from dream_trainer.loggers import Logger
 from dream_trainer.loop import FitLoop
 from dream_trainer.metrics import LoggedValues, Value
 from dream_trainer.randomness import rng_state, seed_everything, set_rng_state
 from dream_trainer.storage.run_lock import RunLock
 from dream_trainer.trainer.abstract import AbstractTrainer, AbstractTrainerConfig
-from dream_trainer.trainer.components import (
-    Components,
-    find_module,
-    steppable_schedulers,
-    trained_alone,
-)
+from dream_trainer.trainer.components import Components, find_module
 from dream_trainer.trainer.loaders import adopt_loader, count_training_steps
 from dream_trainer.trainer.metric_phases import MetricPhases
+from dream_trainer.trainer.optimizer_steps import OptimizerSteps
 from dream_trainer.trainer.presets import Preset, debug, overfit
 from dream_trainer.trainer.ranks_elsewhere import bring_back, run_on_ranks
 from dream_trainer.trainer.restore import lock_run_directory, open_run_directory, restore
@@ -60,8 +53,6 @@ from dream_trainer.trainer.state import (
     gather_state,
     seed_rank,
 )
-from dream_trainer.world.component_state import gradients
-from dream_trainer.world.gradient_norm import scale
 
 
 @dataclass(kw_only=True)
@@ -354,7 +345,7 @@ class BaseTrainer(AbstractTrainer):
             raise TypeError(f"the loss is a tensor with one element, got {found}; call .mean()")
         place = self.place
         place.enter("backward")
-        self.world.backward(self.window.scaled(loss, weight))
+        self._backward(*self.window.weighted(loss, weight))
         place.enter("training_step")
 
     def step(self, optimizer: Optimizer | str | None = None) -> Tensor | None:
@@ -372,26 +363,7 @@ class BaseTrainer(AbstractTrainer):
         """
         if self.window.is_accumulating:
             return None
-        name, optimizer = self._named(optimizer)
-        self.place.enter("optimizer step")
-        factor = self.window.gradient_factor(self.world.device)
-        if factor is not None:
-            scale(gradients([optimizer]), factor)
-        self.callbacks.pre_optimizer_step(self, optimizer)
-        parameters = self.training_parameters
-        norm = None
-        if parameters.gradient_clip_val is not None or parameters.track_grad_norm:
-            max_norm, module = parameters.gradient_clip_val, self._module_of.get(name)
-            norm = self.world.clip_gradients(optimizer, max_norm=max_norm, module=module)
-        optimizer.step()
-        optimizer.zero_grad()
-        if (scheduler := self._scheduler_of.get(name)) is not None:
-            scheduler.step()
-        if self.window.count_step(name):
-            self.progress.finish_step()
-        self.callbacks.post_optimizer_step(self, optimizer)
-        self.place.enter("training_step")
-        return norm
+        return self._optimizer_steps.take(optimizer)
 
     def log(self, name: str, value: Value) -> None:
         """Log one value with the step under way."""
@@ -590,9 +562,8 @@ class BaseTrainer(AbstractTrainer):
         self.components = Components.of(
             self.named_models(), self.named_optimizers(), self.named_schedulers()
         )
-        self._optimizers = dict(self.named_optimizers())
-        self._scheduler_of = steppable_schedulers(self)
-        self._module_of = trained_alone(self.named_models(), self._optimizers)
+        self._optimizer_steps = OptimizerSteps(self)
+        self._backward = self.world.backward_function()
         self.lock = RunLock(self.run_directory)
         self.checkpointer = checkpointing.Checkpointer(
             self.run_directory / "checkpoints", self.world, self.checkpoint_parameters
@@ -647,23 +618,6 @@ class BaseTrainer(AbstractTrainer):
         reason = self.stop_reason or "done"
         place = f": {self.run_directory}" if self.writes_run_directory else ""
         self.world.print(f"{reason} at step {self.global_step}, epoch {self.current_epoch}{place}")
-
-    def _named(self, optimizer: Optimizer | str | None) -> tuple[str, Optimizer]:
-        optimizers = self._optimizers
-        if optimizer is None and len(optimizers) == 1:
-            return next(iter(optimizers.items()))
-        if not optimizers:
-            raise UnknownComponentError(
-                "step() finds no optimizer. Return one from configure_optimizers (DreamTrainer) or "
-                "named_optimizers."
-            )
-        if optimizer is None or (isinstance(optimizer, str) and optimizer not in optimizers):
-            wanted = "several optimizers" if optimizer is None else f"no optimizer {optimizer!r}"
-            raise UnknownComponentError(
-                f"step() finds {wanted}. Give it one of these, or its name: {', '.join(optimizers)}"
-            )
-        name = optimizer if isinstance(optimizer, str) else self.get_name_by_optimizer(optimizer)
-        return name, optimizers[name]
 
     def _sum_over_data_parallel(self, total: Tensor) -> Tensor:
         if self.world.dp_size == 1:

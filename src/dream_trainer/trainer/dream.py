@@ -126,8 +126,8 @@ class DreamTrainer(BaseTrainer):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """`compute_loss`, backward, step."""
         result = self.compute_loss(batch, batch_idx)
-        values = dict(result) if isinstance(result, Mapping) else {"loss": result}
-        if not isinstance(values.get("loss"), Tensor):
+        values = {"loss": result} if isinstance(result, Tensor) else result
+        if not isinstance(values, Mapping) or not isinstance(values.get("loss"), Tensor):
             raise TypeError(
                 f"compute_loss returned {result!r}; return a loss, or a mapping with 'loss' in it"
             )

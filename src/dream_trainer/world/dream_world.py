@@ -38,6 +38,7 @@ from dream_trainer.storage import (
     tensor_leaves,
 )
 from dream_trainer.world.component_state import gradients, unsharded_norm
+from dream_trainer.world.direct import backward_of
 from dream_trainer.world.dream_fabric import DreamFabric
 from dream_trainer.world.gradient_norm import clip_to_norm
 from dream_trainer.world.gradient_sync import no_gradient_sync
@@ -333,15 +334,25 @@ class DreamWorld:
         """
         return self._fabric.setup_dataloaders(loader)
 
+    @property
+    def moves_batches(self) -> bool:
+        """Whether `to_device` has anything to do."""
+        return self._fabric.device.type != "cpu"
+
     def to_device(self, batch: T) -> T:
         """Move the tensors of a batch to the device of this process."""
-        if self._fabric.device.type == "cpu":
+        if not self.moves_batches:
             return batch
         return self._fabric.to_device(batch)  # type: ignore[no-any-return]
 
     def backward(self, loss: Tensor) -> None:
         """Backward pass through the precision plugin (loss scaling)."""
         self._fabric.backward(loss)
+
+    def backward_function(self) -> Callable[[Tensor, float], None]:
+        """What `backward` of a loss times a factor comes down to here, for every step."""
+        is_own = type(self).backward is not DreamWorld.backward
+        return backward_of(self._fabric, self.backward if is_own else self._fabric.backward)
 
     def accumulate(
         self, models: Iterable[nn.Module], enabled: bool
