@@ -103,11 +103,10 @@ if __name__ == "__main__":
     else:  # make a run that stands behind so many batches
         made = trainer(10)
         made.fit()
-        state = made.state_dict()
-        state["progress"] |= {"num_steps": at, "num_batches": at}
-        state["progress"] |= {"num_steps_in_epoch": at, "num_batches_in_epoch": at}
-        state["dataloaders"]["train"]["position"] = 8 * at
-        made.load_state_dict(state)
+        progress, loader = made.progress, made.loop.train_loader
+        progress.num_steps = progress.num_batches = at
+        progress.num_steps_in_epoch = progress.num_batches_in_epoch = at
+        loader.load_state_dict(loader.state_dict() | {"position": 8 * at})
         made.save_checkpoint(made.run_directory / "checkpoints" / f"step-{at:08d}")
 """
 )

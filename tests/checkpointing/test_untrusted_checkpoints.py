@@ -58,7 +58,7 @@ def test_a_payload_is_refused_and_does_not_run(
         # Who plants a payload makes the checksums fit.
         facts = json.loads((path / "manifest.json").read_text())
         del facts["checksum"]
-        facts["files"] = checksums(path / one for one in FILES[:2])
+        facts["files"] = checksums({path / one: None for one in FILES[:2]})
         Manifest(**facts).write(path)
         Manifest.read(path).verify(path)
     attempts: dict[str, Callable[[], object]] = {

@@ -33,6 +33,7 @@ from torch.futures import Future
 
 from dream_trainer.errors import CheckpointError
 from dream_trainer.storage.collective import Ranks
+from dream_trainer.storage.counted import CountedFiles
 from dream_trainer.storage.slices import WORTHWHILE_BYTES, FileView, read_slice
 from dream_trainer.storage.tree import Tree, TreePath, join, merge, split
 
@@ -80,7 +81,7 @@ def write_tree(
     directory: Path,
     entries: Mapping[str, Tensor],
     ranks: Ranks = _ALONE,
-) -> list[Path]:
+) -> dict[Path, int | None]:
     """Write a checkpoint; every rank takes part.
 
     Args:
@@ -89,15 +90,17 @@ def write_tree(
         ranks: who writes.
 
     Returns:
-        The files that this rank wrote.
+        The files that this rank wrote, and their CRC-32 where it is known.
     """
     writer = dcp.FileSystemWriter(directory, sync_files=True)
+    writer.fs = files = CountedFiles()
     if ranks.size == 1:
         _write_alone(dict(entries), writer)
     else:
         dcp.save(dict(entries), storage_writer=writer, process_group=ranks.group)
     mine = [*directory.glob(f"__{ranks.rank}_*.distcp")]
-    return [*mine, directory / ".metadata"] if ranks.rank == 0 else mine
+    mine += [directory / ".metadata"] if ranks.rank == 0 else []
+    return {path: files.crc32.get(path) for path in mine}
 
 
 def _write_alone(entries: dict[str, Any], writer: dcp.FileSystemWriter) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -126,10 +126,18 @@ class Manifest:
         return problems
 
 
-def checksums(paths: Iterable[Path]) -> dict[str, dict[str, int]]:
-    """Sizes in bytes and CRC-32 of files, by name."""
+def checksums(files: Mapping[Path, int | None]) -> dict[str, dict[str, int]]:
+    """Sizes in bytes and CRC-32 of files, by name.
+
+    Args:
+        files: paths, and the CRC-32 where it is known already.
+    """
     return {
-        path.name: {"bytes": path.stat().st_size, "crc32": _crc32(path)} for path in sorted(paths)
+        path.name: {
+            "bytes": path.stat().st_size,
+            "crc32": _crc32(path) if (known := files[path]) is None else known,
+        }
+        for path in sorted(files)
     }
 
 
