@@ -14,6 +14,7 @@ import nox
 ROOT = Path(__file__).resolve().parent
 CONSTRAINTS = ROOT / "constraints.txt"
 DEV = ROOT / ".nox" / "dev"
+PEERS = ROOT / ".nox" / "bench"
 
 nox.options.default_venv_backend = "venv"
 nox.options.sessions = ["lint", "types", "tests", "docs", "build"]
@@ -68,11 +69,21 @@ def ray(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def bench(session: nox.Session) -> None:
-    """Run the benchmarks, or those named after `--`; they print tables and assert nothing."""
+    """Run the benchmarks, or those named after `--`, against other tools (an hour in all)."""
+    run_in_dev(session, "python", "-c", "pass")  # what it adds to comes first
+    if not (PEERS / "bin" / "accelerate").exists():
+        session.run(sys.executable, "-m", "venv", "--clear", str(PEERS), external=True)
+        # The other tools come on top of the shared environment, which stays as it is.
+        (dev,) = (DEV / "lib").glob("python*/site-packages")
+        (peers,) = (PEERS / "lib").glob("python*/site-packages")
+        (peers / "dev.pth").write_text(f"import site; site.addsitedir({str(dev)!r})\n")
+        pip = [str(PEERS / "bin" / "python"), "-m", "pip", "install", "-q", "-c", str(CONSTRAINTS)]
+        session.run(*pip, "accelerate", "pytorch-ignite", external=True)
     found = sorted((ROOT / "tests" / "benchmarks").glob("bench_*.py"))
     for path in found:
         if not session.posargs or path.stem.removeprefix("bench_") in session.posargs:
-            run_in_dev(session, "python", str(path), OMP_NUM_THREADS="1")
+            python = str(PEERS / "bin" / "python")
+            session.run(python, str(path), env={"OMP_NUM_THREADS": "1"}, external=True)
 
 
 @nox.session(venv_backend="none")

@@ -138,8 +138,8 @@ def means(rows: Iterable[Observations]) -> list[dict[str, float]]:
 
 
 def _kept(value: Tensor) -> Value:
-    if value.is_cpu and type(value) is Tensor:
-        return value.item()  # nothing to wait for; a tensor that is kept costs more
+    if _is_read_at_once(value):
+        return value.item()
     # Anything but a fresh result may be changed in place before it is read.
     is_fresh = not value.is_leaf and not value._is_view()
     return value.detach() if is_fresh else value.detach().clone()
@@ -150,6 +150,11 @@ def to_host(values: Iterable[Value]) -> list[float]:
     values = list(values)
     moved = iter(_moved([value for value in values if isinstance(value, Tensor)]))
     return [next(moved) if isinstance(value, Tensor) else float(value) for value in values]
+
+
+def _is_read_at_once(value: Tensor) -> bool:
+    """On the CPU there is nothing to wait for, and a tensor that is kept costs more."""
+    return value.is_cpu and type(value) is Tensor
 
 
 def _moved(tensors: Sequence[Tensor]) -> list[float]:

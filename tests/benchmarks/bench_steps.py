@@ -89,7 +89,8 @@ def measure(scenario: Scenario, rounds: int) -> Times:
 
 def on_ranks(scenario: Scenario, rounds: int) -> Times:
     """The same on several processes, as torchrun starts them; rank 0's times."""
-    words = ["--nproc_per_node", str(scenario.ranks), __file__, "--scenario", scenario.name]
+    words = ["--standalone", "--nproc_per_node", str(scenario.ranks), __file__]
+    words += ["--scenario", scenario.name]
     command = [sys.executable, "-m", "torch.distributed.run", *words, "--rounds", str(rounds)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     times: Times = json.loads(done.stdout.splitlines()[-1])
