@@ -607,3 +607,12 @@ def test_the_command_without_a_trainer_says_what_is_missing(
     assert "dream-trainer fit: error: the following arguments are required: MODULE:CLASS" in (
         capsys.readouterr().err
     )
+
+
+def test_without_a_seed_what_draws_nothing_is_never_refused() -> None:
+    from dream_trainer.cli.dream_cli import _drawing_from
+
+    kept = []
+    for _ in range(50):
+        with _drawing_from(None):
+            kept.append(torch.get_rng_state())  # another place in memory for the next one
