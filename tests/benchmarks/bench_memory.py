@@ -40,8 +40,8 @@ def layers(megabytes: int) -> nn.Sequential:
     )
 
 
-def plain(megabytes: int, folder: Path) -> None:
-    """The loop by hand."""
+def plain(megabytes: int, folder: Path, saves: bool = False) -> None:
+    """The loop by hand, perhaps with ``torch.save``."""
     from dream_trainer.world import DreamWorld  # what the others have loaded, too
 
     DreamWorld(DeviceParameters(accelerator="cpu", devices=1))
@@ -51,18 +51,9 @@ def plain(megabytes: int, folder: Path) -> None:
         model(torch.ones(8, 1024)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-
-
-def plain_saving(megabytes: int, folder: Path) -> None:
-    """The loop by hand, with ``torch.save``."""
-    model = layers(megabytes)
-    optimizer = torch.optim.AdamW(model.parameters())
-    for _ in range(STEPS):
-        model(torch.ones(8, 1024)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        torch.save(state, folder / "plain.pt")
+        if saves:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save(state, folder / "plain.pt")
 
 
 class Trainer(DreamTrainer):
@@ -101,7 +92,7 @@ def ours(
 
 WAYS: dict[str, Callable[[int, Path], None]] = {
     "plain loop": plain,
-    "plain loop, torch.save": plain_saving,
+    "plain loop, torch.save": functools.partial(plain, saves=True),
     "ours, no saves": functools.partial(ours, enable=False),
     "ours, saves in the step": functools.partial(ours, every_n_steps=2, async_save=False),
     "ours, saves behind it": functools.partial(ours, every_n_steps=2),

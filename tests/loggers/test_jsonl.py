@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from pathlib import Path
 
 import pytest
@@ -132,3 +133,32 @@ def test_a_row_that_cannot_be_written_writes_nothing(log: JsonlLog) -> None:
     with pytest.raises(TypeError):
         log.write([row(2), {"bad": object()}])
     assert log.read() == [row(1)]
+
+
+def test_a_write_that_fails_leaves_the_rows_that_are_not_synced(
+    log: JsonlLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log.write([row(1)])
+    file = log._file
+    assert file is not None
+
+    class Full:
+        """Takes half a row."""
+
+        def write(self, data: memoryview) -> int:
+            if len(data) < 8:
+                raise OSError("full")
+            return file.write(data[: len(data) - 7])
+
+    monkeypatch.setattr(log, "_file", Full())
+    with pytest.raises(OSError, match="full"):
+        log.write([row(2)])
+    monkeypatch.setattr(log, "_file", file)
+    log.write([row(3)])
+    assert log.read() == [row(1), row(3)]
+    log.sync()
+    log.write([row(4)])
+    log.go_back()
+    log.write([row(5)])
+    assert log.read() == [row(1), row(3), row(5)]
+    assert log.crc32 == zlib.crc32(log.path.read_bytes())

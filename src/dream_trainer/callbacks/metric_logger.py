@@ -208,8 +208,9 @@ class MetricLogger(Callback):
                 self._unsynced = []
                 self._size, self._crc32 = log.size, log.crc32
         except OSError as error:
-            self._unwritten = self._unsynced + self._unwritten
-            self._unsynced = []
+            if not self._unwritten:  # the disk may not have what the file shows
+                log.go_back()
+                self._unwritten, self._unsynced = self._unsynced, []
             if not was_full:
                 text = f"rows of {log.path} are kept in memory until they can be written: {error}"
                 warnings.warn(text, RuntimeWarning, stacklevel=2)

@@ -82,7 +82,7 @@ class JsonlLog:
         """Append rows. `sync` makes them survive a power cut.
 
         Raises:
-            OSError: they could not be written; the file is as it was at the last `sync`.
+            OSError: they could not be written; the file is as it was before.
         """
         data = "".join([_line(row) for row in rows]).encode()
         if not data:
@@ -96,7 +96,8 @@ class JsonlLog:
             while unwritten:
                 unwritten = unwritten[self._file.write(unwritten) :]
         except OSError:
-            self._go_back()
+            if written := len(data) - len(unwritten):
+                os.truncate(self.path, self.size - written)  # half a row would spoil the next one
             raise
         self.crc32 = zlib.crc32(data, self.crc32)
 
@@ -104,21 +105,17 @@ class JsonlLog:
         """Make what was written survive a power cut. Can take milliseconds.
 
         Raises:
-            OSError: it may not; the file is as it was at the last `sync`.
+            OSError: it may not.
         """
-        if self._file is None:
-            return
-        try:
+        if self._file is not None:
             os.fsync(self._file.fileno())
-        except OSError:
-            self._go_back()
-            raise
-        self._synced = self.size, self.crc32
+            self._synced = self.size, self.crc32
 
-    def _go_back(self) -> None:
+    def go_back(self) -> None:
+        """Drop what was written since the last `sync`, to write it again."""
         size, self.crc32 = self._synced
         if self.size > size:
-            os.truncate(self.path, size)  # half a row would spoil the one after it
+            os.truncate(self.path, size)
 
     def read(self) -> list[dict[str, float]]:
         """All rows; values that are not finite come back as floats."""
