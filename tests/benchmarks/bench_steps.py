@@ -8,6 +8,7 @@ Above plain PyTorch, in microseconds, and as shares of what Fabric and Lightning
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import logging
@@ -57,15 +58,13 @@ def main() -> None:
         return
     names = [options.scenario] if options.scenario else list(SCENARIOS)
     values, targets = {}, []
-    for name in names:
-        scenario = SCENARIOS[name]
-        times = (
-            on_ranks(scenario, options.rounds)
-            if scenario.ranks > 1
-            else measure(scenario, options.rounds)
-        )
-        values[name] = table(name, times)
-        targets += promises(name, times)
+    with tempfile.TemporaryDirectory(prefix="bench-steps-") as folder, contextlib.chdir(folder):
+        for name in names:
+            scenario = SCENARIOS[name]
+            measured = on_ranks if scenario.ranks > 1 else measure
+            times = measured(scenario, options.rounds)
+            values[name] = table(name, times)
+            targets += promises(name, times)
     report("steps", values, targets)
 
 
@@ -75,21 +74,13 @@ def measure(scenario: Scenario, rounds: int) -> Times:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     there = [name for name in TOOLS if name not in NEEDS or find_spec(NEEDS[name])]
-    before = Path.cwd()
-    with tempfile.TemporaryDirectory(prefix="bench-steps-") as folder:
-        os.chdir(folder)
-        try:
-            ways = {
-                name: functools.partial(microseconds_of_a_batch, name, scenario) for name in there
-            }
-            return interleaved(ways, rounds)
-        finally:
-            os.chdir(before)
+    ways = {name: functools.partial(microseconds_of_a_batch, name, scenario) for name in there}
+    return interleaved(ways, rounds)
 
 
 def on_ranks(scenario: Scenario, rounds: int) -> Times:
     """The same on several processes, as torchrun starts them; rank 0's times."""
-    words = ["--standalone", "--nproc_per_node", str(scenario.ranks), __file__]
+    words = ["--standalone", "--nproc_per_node", str(scenario.ranks), str(Path(__file__).resolve())]
     words += ["--scenario", scenario.name]
     command = [sys.executable, "-m", "torch.distributed.run", *words, "--rounds", str(rounds)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

@@ -63,6 +63,19 @@ def test_a_worker_killed_under_torchrun_changes_nothing(
     assert only([end["digest"] for end in found]) == reference["digest"]
 
 
+def test_runs_one_after_another_under_torchrun_have_names_and_groups_of_their_own(
+    tmp_path: Path,
+) -> None:
+    """A rank that is ahead would meet rank 0's last group; one that is open is left open."""
+    words = ["--nproc-per-node", 2, "--master-port", free_port()]
+    command = [BIN / "torchrun", *words, SCRIPT.with_name("several.py")]
+    output, again = run(command, tmp_path), run(command, tmp_path)
+    names = [line.split()[1:] for line in (output + again).splitlines() if "names" in line]
+    assert [len(set(some)) for some in names] == [4, 4]
+    directories = (tmp_path / "runs" / "default" / "default").iterdir()
+    assert {path.name for path in directories} == {*names[0], *names[1]}
+
+
 def test_fabric_run_decides_what_the_configuration_leaves_open(tmp_path: Path) -> None:
     words = ["--accelerator", "cpu", "--devices", 2, "--strategy", "ddp", "--precision"]
     port = ["--main-port", free_port()]

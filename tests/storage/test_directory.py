@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from support import run_ranks
 
+from dream_trainer import DreamWorld
+from dream_trainer.configs import DeviceParameters
 from dream_trainer.errors import CheckpointError
 from dream_trainer.storage import Manifest, flatten, move_aside, read_tree, save_directory
 
@@ -54,6 +59,28 @@ def test_a_place_that_cannot_be_written_is_a_checkpoint_error(tmp_path: Path) ->
     with pytest.raises(CheckpointError, match="Older checkpoints are untouched"):
         save_directory(tmp_path / "file" / "c", flatten(STATE, {}), step=1, epoch=0)
     assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.distributed
+def test_ranks_that_write_to_different_places_make_no_checkpoint(tmp_path: Path) -> None:
+    """As on the local disks of two machines: here, a relative path in two working directories."""
+
+    def rank() -> tuple[str, list[str]]:
+        world = DreamWorld(DeviceParameters(accelerator="cpu", devices=2, strategy="ddp"))
+        world.launch()
+        own = tmp_path / str(world.rank)
+        own.mkdir()
+        os.chdir(own)
+        entries = flatten(STATE, {"own": torch.ones(2)}, rank=world.rank)
+        with pytest.raises(CheckpointError) as caught:
+            save_directory(Path("c"), entries, world.ranks, step=1, epoch=0)
+        return str(caught.value), names(own)
+
+    (told, left), other = run_ranks(2, rank)
+    assert other == (told, left)
+    assert re.search(r"rank 0 does not find .*: __1_0.distcp is missing", told)
+    assert "root_dir" in told
+    assert left == []
 
 
 def test_moving_aside_never_overwrites(tmp_path: Path) -> None:

@@ -62,7 +62,12 @@ def save_directory(
             versions={name: _installed(name) for name in _PACKAGES},
             **facts,
         )
-        ranks.on_zero(lambda: _commit(beside, final, manifest))
+        try:
+            ranks.on_zero(lambda: _commit(beside, final, manifest))
+        except Exception:
+            # On every rank: where they share no directory, each has files of its own.
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
     except CheckpointError:
         raise
     except Exception as error:
@@ -87,14 +92,18 @@ def _agree(ranks: Ranks, problem: str | None, final: Path, beside: Path) -> None
 
 
 def _commit(beside: Path, final: Path, manifest: Manifest) -> None:
-    try:
-        manifest.write(beside)
-        if final.exists():
-            move_aside(final, "superseded")
-        beside.rename(final)
-    except Exception:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
+    # Local disks of several machines, or a relative path and other working directories.
+    if problems := manifest.problems(beside, sizes_only=True):
+        raise CheckpointError(
+            str(final.absolute()),
+            [f"rank 0 does not find what all ranks have written: {one}" for one in problems],
+            "Let root_dir be a directory that all ranks share, with an absolute path. Older "
+            "checkpoints are untouched.",
+        )
+    manifest.write(beside)
+    if final.exists():
+        move_aside(final, "superseded")
+    beside.rename(final)
     fsync_directory(final.parent)
 
 

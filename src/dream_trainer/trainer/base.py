@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -53,6 +54,9 @@ from dream_trainer.trainer.state import (
     gather_state,
     seed_rank,
 )
+
+#: The next one without a name in this process, as in every restart of its job.
+_runs_without_name = itertools.count()
 
 
 @dataclass(kw_only=True)
@@ -536,7 +540,8 @@ class BaseTrainer(AbstractTrainer):
         if config.experiment is None:
             from dream_trainer.world.launchers import job_id
 
-            config.experiment = fresh_experiment_name(job_id(self.world.ranks))
+            job = job_id(self.world.ranks)
+            config.experiment = fresh_experiment_name(job, next(_runs_without_name))
         if config.seed is None:
             config.seed = recorded_or_new_seed(self.run_directory, self.checkpoint_parameters)
         config.seed, config.experiment = self.world.broadcast((config.seed, config.experiment))

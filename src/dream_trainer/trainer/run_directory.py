@@ -27,9 +27,14 @@ _NOUNS = (
 ).split()
 
 
-def fresh_experiment_name(job: str | None) -> str:
-    """A readable name: the same in every restart of a job that has an id, else a new one."""
-    number = secrets.randbits(64) if job is None else derive(job)
+def fresh_experiment_name(job: str | None, run: int = 0) -> str:
+    """A readable name: the same in every restart of a job that has an id, else a new one.
+
+    Args:
+        job: its id.
+        run: how many runs of this process were named before it.
+    """
+    number = secrets.randbits(64) if job is None else derive(job, *([run] if run else []))
     adjective = _ADJECTIVES[number % len(_ADJECTIVES)]
     noun = _NOUNS[number // 1000 % len(_NOUNS)]
     return f"{adjective}-{noun}-{number // 10**6 % 10_000:04d}"

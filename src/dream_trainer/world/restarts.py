@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
 import time
@@ -12,15 +13,20 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import DistError, TCPStore
 
-_KEY = "dream_trainer/store"
+_KEY = "dream_trainer/store/{}"
 _VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
 _SECONDS = 300.0
 _TRY = timedelta(seconds=2)
+#: Groups of this process, as on every other rank: a rank that is ahead with its next group would
+#: find the store of the last one, which rank 0 is about to close.
+_numbers = itertools.count()
 
 
 def _agent_store() -> TCPStore | None:
     """The store of the torchrun agents, which outlives their workers; None without them."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or not dist.is_available():
+        return None
+    if dist.is_initialized():  # nobody will open another one
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_SECONDS))
@@ -41,12 +47,12 @@ def fresh_store() -> Iterator[None]:
         yield
         return
     before = {name: os.environ[name] for name in _VARIABLES}
-    address = before["MASTER_ADDR"]
+    address, key = before["MASTER_ADDR"], _KEY.format(next(_numbers))
     if os.environ["RANK"] == "0":
         # It must live until torch has opened its own on the same port.
-        store, port = _open(agents, address)
+        store, port = _open(agents, address, key)
     else:
-        store, port = _find(agents, address)
+        store, port = _find(agents, address, key)
     os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
     try:
         yield
@@ -55,22 +61,22 @@ def fresh_store() -> Iterator[None]:
         del store
 
 
-def _open(agents: TCPStore, address: str) -> tuple[TCPStore, int]:
+def _open(agents: TCPStore, address: str, key: str) -> tuple[TCPStore, int]:
     store = TCPStore(address, 0, is_master=True, wait_for_workers=False, multi_tenant=True)
     token = secrets.token_hex(8)
-    store.set(_KEY, token)
-    agents.set(_KEY, f"{store.port} {token}")
+    store.set(key, token)
+    agents.set(key, f"{store.port} {token}")
     return store, store.port
 
 
-def _find(agents: TCPStore, address: str) -> tuple[TCPStore, int]:
+def _find(agents: TCPStore, address: str, key: str) -> tuple[TCPStore, int]:
     # What is written there may be of an earlier attempt, and another program's port by now.
     deadline = time.monotonic() + _SECONDS
     while time.monotonic() < deadline:
-        port, token = agents.get(_KEY).decode().split()
+        port, token = agents.get(key).decode().split()
         try:
             store = TCPStore(address, int(port), is_master=False, timeout=_TRY)
-            if store.check([_KEY]) and store.get(_KEY).decode() == token:
+            if store.check([key]) and store.get(key).decode() == token:
                 return store, int(port)
         except (DistError, RuntimeError):
             time.sleep(0.05)
