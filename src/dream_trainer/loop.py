@@ -203,7 +203,9 @@ class FitLoop:
 
     def _step_on_ranks(self, batch: Any, batch_idx: int) -> Any:
         trainer = self.trainer
-        with trainer.world.accumulate(trainer.sync_modules, self.window.is_accumulating):
+        if not self.window.is_accumulating:
+            return trainer.training_step(batch, batch_idx)
+        with trainer.world.accumulate(trainer.sync_modules, enabled=True):
             return trainer.training_step(batch, batch_idx)
 
     def _step_on_filler(self, batch: Any, batch_idx: int) -> Any:

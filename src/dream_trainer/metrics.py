@@ -110,6 +110,8 @@ class LoggedValues:
 def totals(rows: Iterable[Observations]) -> list[dict[str, tuple[float, float]]]:
     """Per row: name -> (weighted sum, sum of weights). One transfer, a host synchronisation."""
     rows = list(rows)
+    if (simple := _totals_of_numbers(rows)) is not None:
+        return simple
     moved = iter(
         _moved([n for row in rows for entry in row for n in entry if isinstance(n, Tensor)])
     )
@@ -125,6 +127,21 @@ def totals(rows: Iterable[Observations]) -> list[dict[str, tuple[float, float]]]
                 total, total_weight = sums[name]
                 one = total + one[0], total_weight + one[1]
             sums[name] = one
+        found.append(sums)
+    return found
+
+
+def _totals_of_numbers(rows: Iterable[Observations]) -> list[dict[str, tuple[float, float]]] | None:
+    """`totals` of rows of numbers that count, once each: a quarter of the time. Else None."""
+    found = []
+    for row in rows:
+        sums: dict[str, tuple[float, float]] = {}
+        for name, value, weight in row:
+            if isinstance(value, Tensor) or isinstance(weight, Tensor) or not weight:
+                return None
+            sums[name] = value * weight, weight
+        if len(sums) < len(row):
+            return None
         found.append(sums)
     return found
 

@@ -503,3 +503,11 @@ class Global(IterableDataset[float]):
     def __iter__(self) -> Iterator[float]:
         for _ in range(6):
             yield random.random()
+
+
+def test_what_a_user_made_of_a_list_is_not_read_to_look_for_generators() -> None:
+    class Files(list[str]):
+        def __iter__(self) -> Iterator[str]:
+            raise AssertionError("a file was read")
+
+    assert own_generators(Files(["a", "b"])) == []

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from dream_trainer.callbacks.callback import Callback
 from dream_trainer.errors import NonFiniteError
 from dream_trainer.loggers import JsonlLog, purge_after
-from dream_trainer.metrics import Observations, means, merge_ranks, totals
+from dream_trainer.metrics import Observations
+from dream_trainer.rank_means import RankMeans
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
@@ -39,6 +40,7 @@ class MetricLogger(Callback):
         self.every_n_steps = every_n_steps
         self.flush_every_n_rows = flush_every_n_rows
         self._pending: list[tuple[int, int, Observations]] = []
+        self._means = RankMeans()
         self._log: JsonlLog | None = None
         self._size = self._crc32 = 0
         self._unwritten: list[dict[str, Any]] = []
@@ -126,12 +128,7 @@ class MetricLogger(Callback):
         if not self._pending:
             return
         pending, self._pending = self._pending, []
-        values = [row for _, _, row in pending]
-        if trainer.world.dp_size == 1:
-            logged = means(values)
-        else:
-            parts = trainer.world.gather_data_parallel(totals(values))
-            logged = [merge_ranks(of_ranks) for of_ranks in zip(*parts, strict=True)]
+        logged = self._means.of([row for _, _, row in pending], trainer.world)
         rows = [
             {"step": step, "epoch": epoch, **row}
             for (step, epoch, _), row in zip(pending, logged, strict=True)

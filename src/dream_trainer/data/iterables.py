@@ -44,6 +44,7 @@ class IterableReader(Reader):
 
     def attach(self, place: Place) -> None:
         self._place = place
+        self._length_compared = self.length(0)
 
     def num_batches(self, epoch: int) -> int | None:
         length, first = self.length(epoch), self._place.first_batches
@@ -144,10 +145,11 @@ class IterableReader(Reader):
 
     def _read_sequence(self, position: int, first: int | None) -> Generator[HandedOut, None, None]:
         batches, any_rank = self._loader, self._place.any_rank
-        while True:
-            length = len(batches) if first is None else min(len(batches), first)
-            if any_rank(position >= length):
-                return
+        length = len(batches)
+        # Once an epoch, and not before each batch: who attaches it compares the ranks' lengths.
+        may_differ = any_rank(length != self._length_compared)
+        length = length if first is None else min(length, first)
+        while not (any_rank(position >= length) if may_differ else position >= length):
             batch = batches[position]
             position += 1
             yield HandedOut(batch, 1, None, None, position == length)

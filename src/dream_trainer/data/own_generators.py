@@ -126,10 +126,12 @@ def _set_state(generator: OwnGenerator, state: Any) -> None:
 
 
 def _parts(thing: Any) -> list[Any]:
-    if isinstance(thing, dict | list | tuple):
-        if len(thing) > MAX_ENTRIES:
-            return []
-        return list(thing.values() if isinstance(thing, dict) else thing)
+    kind: Any
+    for kind in (dict, list, tuple):
+        if isinstance(thing, kind):  # a subclass of the user's may read a file in __iter__
+            if kind.__len__(thing) > MAX_ENTRIES:
+                return []
+            return list(dict.values(thing) if kind is dict else kind.__iter__(thing))
     if isinstance(thing, functools.partial):
         return [thing.func, thing.args, thing.keywords]
     if isinstance(thing, MethodType):

@@ -92,6 +92,7 @@ class DreamWorld:
         self._said_overrides = False
         self._children: Children | None = None
         self._background_group: Any = None
+        self._host_group: Any = None
         parameters = device_parameters or DeviceParameters()
         self._timeout = timedelta(seconds=parameters.timeout_seconds)
 
@@ -265,7 +266,7 @@ class DreamWorld:
         """
         if self._opened_group and _has_group():
             dist.destroy_process_group()
-        self._opened_group, self._background_group = False, None
+        self._opened_group, self._background_group, self._host_group = False, None, None
 
     # ------------------------------------------------------------------ training
 
@@ -436,7 +437,12 @@ class DreamWorld:
 
     def all_gather(self, data: Any) -> Any:
         """Tensors of every rank, stacked along a new first dimension (none on one process)."""
-        return self._fabric.all_gather(data)
+        if self.size == 1 or not isinstance(data, Tensor) or data.requires_grad:
+            return self._fabric.all_gather(data)
+        # Fabric's is differentiable, and has the ranks meet at a barrier before it.
+        gathered = data.new_empty(self.size * data.numel())
+        dist.all_gather_into_tensor(gathered, data.reshape(-1))
+        return gathered.view(self.size, *data.shape)
 
     def all_reduce(self, data: Any, op: str = "mean") -> Any:
         """Tensors reduced over all ranks: ``"mean"``, ``"sum"``, ``"min"`` or ``"max"``."""
@@ -478,8 +484,11 @@ class DreamWorld:
         """Whether ``flag`` holds on any rank. One small collective."""
         if self.size == 1:
             return flag
-        tensor = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        if self._host_group is None and self.device.type != "cpu":
+            # On the accelerator's own group, the answer would wait for all work that is queued.
+            self._host_group = dist.new_group(backend="gloo", timeout=self._timeout)
+        tensor = torch.tensor(int(flag))
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._host_group)
         return bool(tensor.item())
 
     # ------------------------------------------------------------------ state and files

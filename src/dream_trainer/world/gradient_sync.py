@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+from lightning.fabric.wrappers import _FabricModule
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,7 +26,7 @@ def no_gradient_sync(modules: Iterable[nn.Module]) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for module in modules:
-            for part in module.modules():
+            for part in _candidates(module):
                 if isinstance(part, DistributedDataParallel):
                     if part.static_graph:
                         raise ConfigError(
@@ -39,6 +40,12 @@ def no_gradient_sync(modules: Iterable[nn.Module]) -> Iterator[None]:
                     # Left off, the next plain backward would leave every gradient None.
                     stack.callback(part.set_requires_gradient_sync, True, recurse=False)
         yield
+
+
+def _candidates(module: nn.Module) -> Iterable[nn.Module]:
+    """Where DDP and FSDP2 modules may be: not below DDP, a walk in every accumulating batch."""
+    outer = module._forward_module if isinstance(module, _FabricModule) else module
+    return [outer] if isinstance(outer, DistributedDataParallel) else outer.modules()
 
 
 def fix_bucket_order(module: nn.Module) -> None:

@@ -145,20 +145,23 @@ class ShardedModule(WrappedModule):
 class ReplicatedModule(WrappedModule):
     """DDP, which reduces what needed a gradient when it was made; this follows later changes."""
 
+    _ddp: DistributedDataParallel | None
+    """None if nothing of the module is trained, so that there is nothing to reduce."""
+
     def follow_from_now_on(self) -> None:
         """Remember what is reduced now."""
         parameters = list(self._original_module.parameters())
+        ddp = _uncompiled(self._forward_module)
         # Past Fabric's __setattr__, which would put them on the user's module.
+        self.__dict__["_ddp"] = ddp if isinstance(ddp, DistributedDataParallel) else None
         self.__dict__["_parameters_in_order"] = parameters
         self.__dict__["_reduced"] = [p.requires_grad for p in parameters]
         self.__dict__["_num_changes"] = 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's ``forward``, in precision and through DDP."""
-        ddp = _uncompiled(self._forward_module)
-        if not (torch.is_grad_enabled() and isinstance(ddp, DistributedDataParallel)):
-            return super().forward(*args, **kwargs)
-        if self._trains():
+        ddp = self._ddp
+        if ddp is None or not torch.is_grad_enabled() or self._trains():
             return super().forward(*args, **kwargs)
         # Told to expect gradients that never come, DDP would reduce those of a later pass that is
         # not to be synchronised.
@@ -175,10 +178,8 @@ class ReplicatedModule(WrappedModule):
         So helpers, and sampling without gradients, may run on one rank alone.
         """
         output = method(*args, **kwargs)
-        ddp = _uncompiled(self._forward_module)
-        if not (isinstance(ddp, DistributedDataParallel) and needs_backward(output)):
-            return output
-        if not self._trains():
+        ddp = self._ddp
+        if ddp is None or not needs_backward(output) or not self._trains():
             return output
         # Between forward and backward buffers must stay as they are.
         synchronises, ddp.require_forward_param_sync = ddp.require_forward_param_sync, False
@@ -195,7 +196,7 @@ class ReplicatedModule(WrappedModule):
         if trained == self._reduced or not any(trained):
             return any(trained)
         known = all(r or not t for t, r in zip(trained, self._reduced, strict=True))
-        if not (known and _uncompiled(self._forward_module).find_unused_parameters):
+        if not (known and self._ddp is not None and self._ddp.find_unused_parameters):
             self._reduce(trained)
         return True
 
