@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dream_trainer.callbacks.callback import Callback
+from dream_trainer.callbacks.rank_means import RankMeans
 from dream_trainer.errors import NonFiniteError
 from dream_trainer.loggers import JsonlLog, purge_after
 from dream_trainer.metrics import Observations
-from dream_trainer.rank_means import RankMeans
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer

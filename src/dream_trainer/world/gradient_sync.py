@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from lightning.fabric.wrappers import _FabricModule
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dream_trainer.errors import ConfigError
 from dream_trainer.world.sharded import is_fsdp_module
+from dream_trainer.world.wrappers import forward_module
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def no_gradient_sync(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 def _candidates(module: nn.Module) -> Iterable[nn.Module]:
     """Where DDP and FSDP2 modules may be: not below DDP, a walk in every accumulating batch."""
-    outer = module._forward_module if isinstance(module, _FabricModule) else module
+    outer = forward_module(module)
     return [outer] if isinstance(outer, DistributedDataParallel) else outer.modules()
 
 

@@ -15,8 +15,7 @@ def unwrap(wrapped: nn.Module) -> nn.Module: ...
 def unwrap(wrapped: Optimizer) -> Optimizer: ...
 def unwrap(wrapped: Any) -> Any:
     """The user's own object behind what Fabric wrapped; anything else as it is."""
-    # Without this module Fabric has not wrapped anything.
-    if (fabric := sys.modules.get("lightning.fabric.wrappers")) is not None:
+    if (fabric := _fabric_wrappers()) is not None:
         if isinstance(wrapped, fabric._FabricModule):
             return wrapped.module
         if isinstance(wrapped, fabric._FabricOptimizer):
@@ -24,3 +23,16 @@ def unwrap(wrapped: Any) -> Any:
     if isinstance(wrapped, nn.parallel.DistributedDataParallel):
         return wrapped.module
     return wrapped
+
+
+def forward_module(wrapped: Any) -> nn.Module:
+    """The strategy's module, DDP for one, behind what Fabric wrapped; anything else as it is."""
+    fabric = _fabric_wrappers()
+    is_wrapped = fabric is not None and isinstance(wrapped, fabric._FabricModule)
+    module: nn.Module = wrapped._forward_module if is_wrapped else wrapped
+    return module
+
+
+def _fabric_wrappers() -> Any:
+    """The module with Fabric's wrappers. If it is not loaded, Fabric has not wrapped anything."""
+    return sys.modules.get("lightning.fabric.wrappers")

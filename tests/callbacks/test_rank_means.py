@@ -5,9 +5,9 @@ import torch
 from support import run_ranks
 
 from dream_trainer import DreamWorld
+from dream_trainer.callbacks.rank_means import RankMeans
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.metrics import Observations, merge_ranks, totals
-from dream_trainer.rank_means import RankMeans
 
 pytestmark = pytest.mark.distributed
 
