@@ -149,3 +149,4 @@ def build(session: nox.Session) -> None:
         session.run(*pip, str(wheel), external=True)
         session.run(python, "-I", "-c", IMPORT_CHECK, external=True)
         session.run(str(Path(folder, "clean", "bin", "dream-trainer")), "--help", external=True)
+        session.run(python, "-I", "-m", "dream_trainer", "--help", external=True)

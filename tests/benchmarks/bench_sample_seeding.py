@@ -1,19 +1,19 @@
 """What it costs that every sample's draws depend on (seed, epoch, index) alone.
 
-Reads epochs with ``seed_samples`` on and off in turn, so that both meet the same noise of the
-machine, and prints the median over rounds. Run it with ``nox -s bench``.
+python tests/benchmarks/bench_sample_seeding.py [--rounds 9] [--samples 1600]
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
+import collections
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from rounds import Spread, interleaved, per_round, report, seconds
 from torch.utils.data import DataLoader, Dataset
 
 from dream_trainer.data import ResumableLoader
@@ -61,25 +61,27 @@ class OwnGenerator(Images):
 
 
 def main() -> None:
-    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--samples", type=int, default=1_600)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{BATCH_SIZE} samples a batch; median of {options.rounds} rounds, us a sample")
-    print(f"{'data':<14}{'workers':>8}{'off':>10}{'on':>10}{'more':>8}{'ratio':>8}")
+    print(f"{BATCH_SIZE} samples a batch, us a sample: median [quartiles]")
+    print(f"{'data':<14}{'workers':>8}{'off':>24}{'more':>24}{'ratio':>24}")
+    values = {}
     for kind in (Rows, Images, OwnGenerator):
         for workers in (0, 1):
-            off, on, ratio = measure(kind, workers, options.samples, options.rounds)
-            row = f"{kind.__name__:<14}{workers:>8}{off:>10.1f}{on:>10.1f}{on - off:>8.1f}"
-            print(f"{row}{ratio:>8.2f}")
+            name = f"{kind.__name__}, {workers} workers"
+            values[name] = found = measure(kind, workers, options.samples, options.rounds)
+            row = "".join(f"{one!s:>24}" for one in found.values())
+            print(f"{kind.__name__:<14}{workers:>8}{row}", flush=True)
+    report("sample_seeding", values)
 
 
 def measure(
     kind: Callable[[int], Dataset[Any]], workers: int, samples: int, rounds: int
-) -> tuple[float, float, float]:
-    """Medians without and with seeding, and the median of the rounds' ratios."""
+) -> dict[str, Spread]:
+    """Microseconds of a sample without seeding, what seeding adds, and its share."""
     loaders = {
         seeds: ResumableLoader(
             DataLoader(
@@ -90,22 +92,20 @@ def measure(
         )
         for seeds in (False, True)
     }
-    times: dict[bool, list[float]] = {False: [], True: []}
-    for number in range(rounds + 1):  # the first warms up
-        for seeds in (False, True) if number % 2 else (True, False):
-            start = time.perf_counter()
-            for _ in loaders[seeds]:
-                pass
-            if number:
-                times[seeds].append((time.perf_counter() - start) / samples * 1e6)
+
+    def of_a_sample(loader: ResumableLoader) -> float:
+        return seconds(lambda: collections.deque(loader, maxlen=0)) / samples * 1e6
+
+    ways = {str(seeds): functools.partial(of_a_sample, one) for seeds, one in loaders.items()}
+    times = interleaved(ways, rounds)
     for loader in loaders.values():
         loader.close()
-    ratios = [on / off for off, on in zip(times[False], times[True], strict=True)]
-    return (
-        statistics.median(times[False]),
-        statistics.median(times[True]),
-        statistics.median(ratios),
-    )
+    off, on = times.values()
+    return {
+        "off": Spread.of(off),
+        "more": per_round(lambda a, b: a - b, on, off),
+        "ratio": per_round(lambda a, b: a / b, on, off),
+    }
 
 
 if __name__ == "__main__":

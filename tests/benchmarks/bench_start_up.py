@@ -2,7 +2,6 @@
 
     python tests/benchmarks/bench_start_up.py [--rounds 15]
 
-Each round runs every program once, in turn, so that all of them meet the same noise of the machine.
 What is left of the time of ``import torch`` is reading options, the configuration and its help; the
 last program shows what a trainer costs, which needs Fabric.
 """
@@ -10,13 +9,14 @@ last program shows what a trainer costs, which needs Fabric.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
+
+from rounds import Spread, Target, interleaved, per_round, report, seconds
 
 TRAIN = '''
 from dataclasses import dataclass
@@ -55,44 +55,47 @@ if __name__ == "__main__":
     DreamCLI(Trainer)
 '''
 #: Name -> the words after ``python``, the file's folder being the current one.
+TORCH, NOTHING, OURS = "import torch", "nothing", "import dream_trainer"
 PROGRAMS = {
-    "import torch": ["-c", "import torch"],
+    NOTHING: ["-c", "pass"],
+    OURS: ["-c", "import dream_trainer"],
+    TORCH: ["-c", "import torch"],
     "train.py --help": ["train.py", "--help"],
     "train.py fit --help": ["train.py", "fit", "--help"],
     "train.py fit --print_config": ["train.py", "fit", "--width", "3", "--print_config"],
     "train.py fit --widht 3": ["train.py", "fit", "--widht", "3"],
+    "dream-trainer --help": ["-m", "dream_trainer", "--help"],
     "import lightning.fabric": ["-c", "import lightning.fabric"],
 }
 
 
-def seconds(words: list[str], folder: Path) -> float:
+def run(words: list[str], folder: str) -> None:
+    """Run a program to its end."""
     # Compiled modules are kept, as after an installation.
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     command = [sys.executable, *words]
-    start = time.perf_counter()
     subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False)
-    return time.perf_counter() - start
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
-    taken: dict[str, list[float]] = {name: [] for name in PROGRAMS}
     with tempfile.TemporaryDirectory(prefix="bench-start-up-") as folder:
         Path(folder, "train.py").write_text(TRAIN, encoding="utf-8")
-        for number in range(options.rounds + 1):
-            for name, words in PROGRAMS.items():
-                time_taken = seconds(words, Path(folder))
-                if number:  # the first round fills the caches of the file system
-                    taken[name].append(time_taken)
-    torch_alone = taken["import torch"]
-    print(f"medians of {options.rounds} rounds; ratios are those within a round")
-    print(f"{'':28}{'time':>8}{'ratio':>8}{'fastest':>9}")
-    for name, values in taken.items():
-        ratio = statistics.median(a / b for a, b in zip(values, torch_alone, strict=True))
-        fastest = min(values) / min(torch_alone)
-        print(f"{name:28}{statistics.median(values):7.2f}s{ratio:8.2f}{fastest:9.2f}")
+        ways = {
+            name: functools.partial(seconds, functools.partial(run, words, folder))
+            for name, words in PROGRAMS.items()
+        }
+        times = interleaved(ways, options.rounds)
+    print(f"{'':28}{'seconds':>28}{'of import torch':>28}")
+    values = {}
+    for name, taken in times.items():
+        of_torch = per_round(lambda mine, alone: mine / alone, taken, times[TORCH])
+        values[name] = {"seconds": Spread.of(taken), "of_torch": of_torch}
+        print(f"{name:28}{values[name]['seconds']!s:>28}{of_torch!s:>28}")
+    own = per_round(lambda ours, alone: ours - alone, times[OURS], times[NOTHING])
+    report("start_up", values, [Target("import dream_trainer, seconds", own, 0.030)])
 
 
 if __name__ == "__main__":

@@ -76,6 +76,12 @@ def test_runs_one_after_another_under_torchrun_have_names_and_groups_of_their_ow
     assert {path.name for path in directories} == {*names[0], *names[1]}
 
 
+def test_torchrun_starts_a_trainer_that_has_no_script(tmp_path: Path) -> None:
+    words = ["--nproc-per-node", 2, "--master-port", free_port(), "-m", "dream_trainer", "fit"]
+    output = run([BIN / "torchrun", *words, "train:Trainer", *OPTIONS[1:]], tmp_path)
+    assert_one_run(tmp_path, 2, output)
+
+
 def test_fabric_run_decides_what_the_configuration_leaves_open(tmp_path: Path) -> None:
     words = ["--accelerator", "cpu", "--devices", 2, "--strategy", "ddp", "--precision"]
     port = ["--main-port", free_port()]
