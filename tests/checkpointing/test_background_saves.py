@@ -230,6 +230,25 @@ def test_one_save_at_a_time(script: Script, monkeypatch: pytest.MonkeyPatch) -> 
     assert script.checkpointer.store.paths() == paths
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads have no priority")
+def test_the_writer_lets_the_training_go_first(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = sys.modules["dream_trainer.storage.directory"]
+    write_tree, found = directory.write_tree, []
+
+    def noted(*arguments: Any) -> Any:
+        found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        return write_tree(*arguments)
+
+    monkeypatch.setattr(directory, "write_tree", noted)
+    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    script.save()
+    script.checkpointer.wait()
+    assert found == [min(before + 10, 19)]
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
+
+
 def test_a_fork_waits_for_the_writer(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
     """Locks that the writer holds would stay locked in the child."""
     directory = sys.modules["dream_trainer.storage.directory"]

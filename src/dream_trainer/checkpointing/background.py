@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from dream_trainer.errors import CheckpointError
 from dream_trainer.storage import StagedState, address
 
-#: As `nice` counts. On a machine whose cores are all busy a tenth of one is left for the save.
+#: As `nice` counts, more than the process has. On a machine whose cores are all busy a tenth of one is left for the save.
 _NICENESS = 10
 
 _under_way: WeakSet[BackgroundSave] = WeakSet()
@@ -41,7 +41,9 @@ def _step_back() -> None:
     """Let the training go first: on as many threads as cores a save would slow its steps down."""
     if sys.platform == "linux":  # elsewhere a priority is that of a whole process
         with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+            thread = threading.get_native_id()
+            niceness = os.getpriority(os.PRIO_PROCESS, thread) + _NICENESS
+            os.setpriority(os.PRIO_PROCESS, thread, min(niceness, 19))
 
 
 class BackgroundSave:
