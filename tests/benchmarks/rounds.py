@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-#: Written by `nox -s bench`, read by `plot.py` and kept with the documentation.
+#: Written by `nox -s bench`, read by `publish.py` and kept with the documentation.
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "performance"
 
 

@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 from dream_trainer.errors import CheckpointError
 from dream_trainer.storage import StagedState, address
 
-#: As `nice` counts, more than the process has. On a machine whose cores are all busy a tenth of one is left for the save.
+#: As `nice` counts, more than the process has. On a machine whose cores are all busy a tenth of one
+#: is left for the save.
 _NICENESS = 10
 
 _under_way: WeakSet[BackgroundSave] = WeakSet()

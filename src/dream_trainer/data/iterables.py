@@ -15,7 +15,7 @@ from dream_trainer.data.own_generators import own_generators, seed_generators
 from dream_trainer.data.reader import HandedOut, Reader
 from dream_trainer.data.sample_seeding import StartIterableWorker
 from dream_trainer.data.sampling import Place
-from dream_trainer.randomness import Stream, derive, preserved
+from dream_trainer.randomness import RawState, Stream, decode_state, derive, encode_state, preserved
 
 
 class IterableReader(Reader):
@@ -38,7 +38,7 @@ class IterableReader(Reader):
         )
         self._was_opened = self._is_resumed = self._is_rewound = False
         self._first: Any = None
-        self._before_peek: tuple[Any, dict[str, Any] | None] | None = None
+        self._before_peek: tuple[Any, RawState | None] | None = None
         self._stream: Stream | None = None
         self.attach(Place())
 
@@ -74,7 +74,8 @@ class IterableReader(Reader):
         state: dict[str, Any] = {"rank": self._place.rank, "size": self._place.size}
         if self._has_state:
             inner, stream = self._before_peek or (self._loader.state_dict(), self._stream_state())
-            state["loader"], state["stream"] = inner, stream
+            state["loader"] = inner
+            state["stream"] = None if stream is None else encode_state(stream)
         return state
 
     def problems(self, state: Mapping[str, Any]) -> list[str]:
@@ -95,7 +96,8 @@ class IterableReader(Reader):
                 stacklevel=3,
             )
         if self._has_state:
-            self._before_peek = copy.deepcopy((state["loader"], state["stream"]))
+            stream = None if state["stream"] is None else decode_state(state["stream"])
+            self._before_peek = copy.deepcopy(state["loader"]), stream
             self._is_resumed = True
 
     def read(
@@ -204,8 +206,8 @@ class IterableReader(Reader):
     def _start_stream(self, epoch: int) -> None:
         self._stream = Stream(derive(self._place.seed, epoch, self._place.rank, "stream"))
 
-    def _stream_state(self) -> dict[str, Any] | None:
-        return None if self._stream is None else self._stream.state()
+    def _stream_state(self) -> RawState | None:
+        return None if self._stream is None else self._stream.raw_state()
 
     def _started_anew(self, epoch: int) -> Any:
         """The loader with its own generators at the epoch's beginning, and without old workers.
