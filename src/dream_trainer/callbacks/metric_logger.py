@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dream_trainer.callbacks.callback import Callback
-from dream_trainer.callbacks.rank_means import RankMeans
+from dream_trainer.callbacks.row_log import RowLog
 from dream_trainer.errors import NonFiniteError
-from dream_trainer.loggers import JsonlLog, purge_after
+from dream_trainer.loggers import purge_after
 from dream_trainer.metrics import Observations
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
 
-#: Rows in the file that a failing disk may have lost, and that can be written again.
-_MOST_UNSYNCED = 10_000
 _WATCHED = ("train/loss", "train/grad_norm")
 
 
@@ -39,28 +36,17 @@ class MetricLogger(Callback):
     def __init__(self, every_n_steps: int = 1, flush_every_n_rows: int = 50) -> None:
         self.every_n_steps = every_n_steps
         self.flush_every_n_rows = flush_every_n_rows
-        self._pending: list[tuple[int, int, Observations]] = []
-        self._means = RankMeans()
-        self._log: JsonlLog | None = None
-        self._size = self._crc32 = 0
-        self._unwritten: list[dict[str, Any]] = []
-        self._unsynced: list[dict[str, Any]] = []
+        self._rows = RowLog()
         self._last_validation_step = self._last_train_epoch = -1
 
     def pre_fit(self, trainer: BaseTrainer) -> None:
         """Open the logs and cut what a killed run wrote after its last checkpoint."""
-        if not (trainer.world.is_global_zero and trainer.writes_run_directory):
-            self._size = self._crc32 = 0
-            self._unwritten = []
-            return
-        self._unsynced = []
-        self._log = JsonlLog(trainer.run_directory / "metrics.jsonl")
-        if not trainer.progress.num_batches:
-            self._log.start_afresh()
-            return
-        if not self._log.resume(self._size, self._crc32):
-            self._size = self._crc32 = 0
-        for logger in trainer.loggers.values():
+        writes = trainer.world.is_global_zero and trainer.writes_run_directory
+        goes_on = trainer.progress.num_batches > 0
+        self._rows.open(
+            trainer.run_directory / "metrics.jsonl" if writes else None, goes_on=goes_on
+        )
+        for logger in trainer.loggers.values() if writes and goes_on else ():
             purge_after(logger, trainer.global_step)
 
     def collect(self, trainer: BaseTrainer) -> None:
@@ -74,8 +60,7 @@ class MetricLogger(Callback):
         self._take_train_epoch(trainer)
         self._take_validation(trainer)
         self.flush(trainer)
-        if self._log is not None:
-            self._write_log(self._log, [], sync=True)
+        self._rows.sync()
 
     def post_train_step(
         self, trainer: BaseTrainer, result: Any, batch: Any, batch_idx: int
@@ -84,7 +69,7 @@ class MetricLogger(Callback):
         if trainer.window.is_accumulating:
             return
         self._take_step(trainer)
-        if len(self._pending) >= self.flush_every_n_rows:
+        if len(self._rows) >= self.flush_every_n_rows:
             self.flush(trainer)
 
     def post_train_epoch(self, trainer: BaseTrainer) -> None:
@@ -113,27 +98,11 @@ class MetricLogger(Callback):
         Raises:
             OSError: rows are left that cannot be written.
         """
-        if self._log is not None:
-            log, self._log = self._log, None
-            unwritten, self._unwritten = self._unwritten, []
-            try:
-                log.write(unwritten)
-                log.sync()
-                self._size, self._crc32 = log.size, log.crc32
-            finally:
-                log.close()
+        self._rows.close()
 
     def flush(self, trainer: BaseTrainer) -> None:
         """Move, average and write what is pending. On every rank; a host synchronisation."""
-        if not self._pending:
-            return
-        pending, self._pending = self._pending, []
-        logged = self._means.of([row for _, _, row in pending], trainer.world)
-        rows = [
-            {"step": step, "epoch": epoch, **row}
-            for (step, epoch, _), row in zip(pending, logged, strict=True)
-        ]
-        self._write(trainer, rows)
+        rows = self._rows.flush(trainer.world, trainer.loggers.values())
         # A loss scale that is too large makes norms overflow; such steps are skipped as meant.
         watched = _WATCHED[:1] if trainer.world.scales_loss else _WATCHED
         for row in rows:
@@ -148,20 +117,16 @@ class MetricLogger(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Length of the log after `collect`, and the last epoch and validation in it."""
         return {
-            "size": self._size,
-            "crc32": self._crc32,
-            "unwritten": list(self._unwritten),
+            **self._rows.state_dict(),
             "last_train_epoch": self._last_train_epoch,
             "last_validation_step": self._last_validation_step,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Remember where to cut the log."""
-        self._size, self._crc32 = state_dict["size"], state_dict["crc32"]
-        self._unwritten = list(state_dict["unwritten"])
+        self._rows.load_state_dict(state_dict)
         self._last_train_epoch = state_dict["last_train_epoch"]
         self._last_validation_step = state_dict["last_validation_step"]
-        self._pending.clear()
 
     def _take_step(self, trainer: BaseTrainer) -> None:
         values = trainer.logged.take()
@@ -182,39 +147,9 @@ class MetricLogger(Callback):
             self._last_validation_step = step
             self._add_row(trainer, _exact(trainer.validation_results))
 
-    def _write(self, trainer: BaseTrainer, rows: list[dict[str, Any]]) -> None:
-        if not trainer.world.is_global_zero:
-            return
-        if self._log is not None:
-            self._write_log(self._log, rows)
-        for logger in trainer.loggers.values():
-            for row in rows:
-                metrics = {k: v for k, v in row.items() if k not in ("step", "epoch")}
-                logger.log_metrics(metrics | {"epoch": row["epoch"]}, step=row["step"])
-
-    def _write_log(self, log: JsonlLog, rows: list[dict[str, Any]], sync: bool = False) -> None:
-        """Rows that a full disk has no place for are written with later ones."""
-        was_full = bool(self._unwritten)
-        self._unwritten += rows
-        try:
-            log.write(self._unwritten)
-            self._unsynced += self._unwritten
-            self._unwritten = []
-            if sync or len(self._unsynced) >= _MOST_UNSYNCED:
-                log.sync()
-                self._unsynced = []
-                self._size, self._crc32 = log.size, log.crc32
-        except OSError as error:
-            if not self._unwritten:  # the disk may not have what the file shows
-                log.go_back()
-                self._unwritten, self._unsynced = self._unsynced, []
-            if not was_full:
-                text = f"rows of {log.path} are kept in memory until they can be written: {error}"
-                warnings.warn(text, RuntimeWarning, stacklevel=2)
-
     def _add_row(self, trainer: BaseTrainer, values: Observations) -> None:
         progress = trainer.progress
-        self._pending.append((progress.num_steps, progress.epoch, values))
+        self._rows.add(progress.num_steps, progress.epoch, values)
 
 
 def _exact(results: Mapping[str, float]) -> Observations:
