@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         TrainingParameters,
     )
     from dream_trainer.data import ResumableLoader
+    from dream_trainer.dropin import ResumableRun
     from dream_trainer.planning import RunPlan, plan_run
     from dream_trainer.trainer import (
         AbstractTrainer,
@@ -60,6 +61,7 @@ _HOMES = {
         "TrainingParameters",
     ),
     "data": ("ResumableLoader",),
+    "dropin": ("ResumableRun",),
     "planning": ("RunPlan", "plan_run"),
     "trainer": (
         "AbstractTrainer",
@@ -97,6 +99,7 @@ __all__ = [
     "MetricLogger",
     "ProgressBar",
     "ResumableLoader",
+    "ResumableRun",
     "ResumeReport",
     "RunPlan",
     "Size",

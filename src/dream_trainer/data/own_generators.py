@@ -86,7 +86,7 @@ def preserved_generators(generators: Sequence[OwnGenerator]) -> Iterator[None]:
         yield
     finally:
         for generator, state in zip(generators, states, strict=True):
-            _set_state(generator, state)
+            set_generator_state(generator, state)
 
 
 def _seed_bits(bits: Any, seed: int) -> None:
@@ -116,7 +116,8 @@ def generator_state(generator: OwnGenerator) -> Any:
     return generator.getstate()
 
 
-def _set_state(generator: OwnGenerator, state: Any) -> None:
+def set_generator_state(generator: OwnGenerator, state: Any) -> None:
+    """The inverse of `generator_state`."""
     if isinstance(generator, torch.Generator | np.random.RandomState):
         generator.set_state(state)
     elif isinstance(generator, np.random.Generator):
