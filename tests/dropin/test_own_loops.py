@@ -255,6 +255,26 @@ def test_on_other_ranks_a_resumable_loader_reads_every_sample_once(
     assert sum(map(len, before)) == 12
 
 
+@pytest.mark.distributed
+def test_an_error_on_one_rank_ends_the_others_with_its_name(tmp_path: Path) -> None:
+    """Its loops are left in the middle; the other rank waits for it in a collective."""
+
+    def rank() -> str:
+        program = Program(tmp_path, Fabric, 2)
+        with pytest.raises(RuntimeError) as caught, program.run:  # noqa: PT012
+            for _ in program.run.epochs(1):
+                for batch in program.run.batches(loader()):
+                    if program.run.step == 3 and program.fabric.global_rank == 1:
+                        raise RuntimeError("no such file")
+                    program.train(batch)
+        return f"{type(caught.value).__name__}: {caught.value}"
+
+    alone, failed = run_ranks(2, rank, time_limit=100)
+    assert failed == "RuntimeError: no such file"
+    assert alone.startswith("RankFailedError: rank 1 failed")
+    assert "no such file" in alone
+
+
 # ---------------------------------------------------------------------- what is refused
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import sys
 import time
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +27,7 @@ from dream_trainer.coordination import (
 from dream_trainer.data import ResumableLoader
 from dream_trainer.dropin.objects import NamedObjects
 from dream_trainer.dropin.reading import Reading, reading_of
-from dream_trainer.errors import ConfigError, StateError
+from dream_trainer.errors import CheckpointError, ConfigError, StateError
 from dream_trainer.metrics import LoggedValues, Value
 from dream_trainer.randomness import rng_state, set_rng_state
 from dream_trainer.storage.run_lock import RunLock
@@ -96,7 +100,7 @@ class ResumableRun:
         self._watch = RankWatch(place, agreement, failure_timeout)
         self._interruption = Interruption(agreement, is_pointless=self._watch.look_now)
         self._place = place
-        self._is_open = self._is_over = self._has_epochs = False
+        self._is_open = self._is_joined = self._is_over = self._has_epochs = False
         self._only: tuple[Any, Reading] | None = None
         self._loaded_only: Mapping[str, Any] = {}
         self._reading: Reading | None = None
@@ -121,7 +125,7 @@ class ResumableRun:
         """
         self._open()
         self._has_epochs = True
-        try:
+        with self._ended():
             for index, epoch in enumerate(range(epochs) if isinstance(epochs, int) else epochs):
                 if index < self.epoch:
                     continue
@@ -130,9 +134,6 @@ class ResumableRun:
                 yield epoch
                 if self.stop_reason is None:
                     self._end_epoch()
-            self._end()
-        finally:
-            self._release()
 
     def batches(self, loader: Iterable[Any]) -> Batches:
         """What a loader gives, from the batch on at which the run is. Once an epoch.
@@ -177,14 +178,8 @@ class ResumableRun:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._is_open and error is not None:
-            first = self._watch.fail(error)
-            self._release()
-            if first is not None:
-                raise RankFailedError(first) from error
-        elif self._is_open:
-            self._end()
-            self._release()
+        self._release()
+        self._part(error)
 
     # ------------------------------------------------------------------ inside
 
@@ -200,6 +195,9 @@ class ResumableRun:
         self._interruption.__enter__()
         self._is_open = True
         self._watch.join(world)
+        self._is_joined = True
+        if world.size > 1:
+            atexit.register(self._part_at_exit)
         self._last_save = time.monotonic()
         loaded = self._checkpointer.resume(self._parameters.resume, self._objects.template())
         if loaded is None:
@@ -226,11 +224,21 @@ class ResumableRun:
                 "nothing without it, and give another loop that trains an epoch of its own."
             )
         reading = self._reading_of(loader)
+        with contextlib.nullcontext() if self._has_epochs else self._ended():
+            yield from self._train_on(reading)
+            self._was_read = True
+            if not self._has_epochs and self.stop_reason is None:
+                self._end_epoch()
+
+    def _train_on(self, reading: Reading) -> Iterator[Any]:
+        """The rest of the epoch, batch by batch."""
+        if self.stop_reason is not None:
+            return
         batches = self._opened(reading)
         self._reading = reading
         try:
             self._place.enter("loader")
-            for batch in () if self.stop_reason is not None else batches:
+            for batch in batches:
                 self._place.enter_step(self.step, self.epoch, self._position)
                 yield batch
                 self._position += 1
@@ -241,12 +249,6 @@ class ResumableRun:
                 self._place.enter("loader")
         finally:
             self._reading = None
-        self._was_read = True
-        if not self._has_epochs:
-            if self.stop_reason is None:
-                self._end_epoch()
-            self._end()
-            self._release()
 
     def _opened(self, reading: Reading) -> Iterator[Any]:
         """The rest of the epoch under way, or a whole one."""
@@ -313,6 +315,7 @@ class ResumableRun:
                 self._save_at_last()
                 self._world.print(f"saved at step {self.step}; the same command goes on")
             self._release()
+            self._part()
             raise
         self.stop_reason = self.stop_reason or self._interruption.stop_reason
 
@@ -322,9 +325,16 @@ class ResumableRun:
         return self._world.broadcast(time.monotonic() - self._last_save >= 60 * minutes)
 
     def _save_if_new(self) -> None:
-        if self._parameters.enable and self._saved_at != (self.step, self.epoch):
-            self._checkpointer.report()
+        """Save; a failure, of a full disk for example, is told, and the training goes on."""
+        if not self._parameters.enable or self._saved_at == (self.step, self.epoch):
+            return
+        self._checkpointer.report()
+        try:
             self.save()
+        except CheckpointError as error:
+            if self._world.is_global_zero:
+                text = f"a checkpoint was not saved. {error}"
+                warnings.warn(text, RuntimeWarning, stacklevel=4)
 
     def _save_at_last(self) -> None:
         """Return once this place is saved."""
@@ -344,14 +354,27 @@ class ResumableRun:
     def _flush(self) -> None:
         self._rows.flush(self._world)
 
-    def _end(self) -> None:
-        """The loops are over: everything is on the disk when this returns."""
-        if not self._is_over:
+    @contextmanager
+    def _ended(self) -> Iterator[None]:
+        """Around the outermost loop: at its end all is on the disk, and nothing stays open."""
+        try:
+            yield
             self._flush()
             self._save_at_last()
             self._world.print(f"done at step {self.step}, epoch {self.epoch}: {self.directory}")
-            self._watch.leave()
-            self._is_over = True
+        except GeneratorExit:
+            # Left by `break`, or by an error of the program, which only its end or `__exit__` see:
+            # other ranks may wait for this one, so it does not wait for them.
+            self._release()
+            if self._world.size == 1:
+                self._part()
+            raise
+        except BaseException as error:
+            self._release()
+            self._part(error)
+            raise
+        self._release()
+        self._part()
 
     def _release(self) -> None:
         """Let others in, and signals do what they did."""
@@ -360,8 +383,28 @@ class ResumableRun:
             self._checkpointer.report(wait=True)
             self._rows.close()
             self._interruption.__exit__(None, None, None)
-            self._watch.leave()
             self._lock.release()
+
+    def _part(self, error: BaseException | None = None) -> None:
+        """Leave the other ranks; with an error, tell them.
+
+        Raises:
+            RankFailedError: another rank failed before, and the error follows from it.
+        """
+        if not self._is_joined:
+            return
+        self._is_joined = False
+        atexit.unregister(self._part_at_exit)
+        is_orderly = error is None or isinstance(error, (Interrupted, Preempted))
+        first = None if error is None or is_orderly else self._watch.fail(error)
+        self._watch.leave()
+        if first is not None:
+            raise RankFailedError(first) from error
+
+    def _part_at_exit(self) -> None:
+        """The program ends: well after a `break`, or by the error that Python has just printed."""
+        with contextlib.suppress(RankFailedError):
+            self._part(getattr(sys, "last_value", None))
 
     # ------------------------------------------------------------------ state
 
