@@ -59,7 +59,7 @@ class Counted(list[Any]):
 
     def __init__(self, batch: Any) -> None:
         super().__init__([batch] * 60)  # two ranks of a divided loader get 30
-        self.profiler = profile(activities=[ProfilerActivity.CPU])
+        self.profiler: Any = profile(activities=[ProfilerActivity.CPU])
         self._num_read = 0
 
     def __getitem__(self, index: Any) -> Any:
@@ -105,6 +105,27 @@ def test_no_step_waits_for_a_value(
     assert reads(watched(training, training.FABRIC, scenario)) == 0
     assert reads(watched(training, getattr(training, tool), scenario)) == 0
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no accelerator here")
+@pytest.mark.parametrize("tool", ["OURS", "OURS_AS_IT_IS"])
+def test_no_step_on_an_accelerator_synchronises(training: Any, tool: str) -> None:
+    """torch raises at whatever would wait for the device."""
+    scenario = training.Scenario("counted", accelerator="cuda")
+    batches = Counted([part.cuda() for part in training.Batches(0, 1).batch])
+    batches.profiler = Synchronising()
+    training.TOOLS[getattr(training, tool)](scenario, batches)
+    assert torch.cuda.get_sync_debug_mode() == 0
+
+
+class Synchronising:
+    """In place of the profiler: in the block, waiting for the device is an error."""
+
+    def __enter__(self) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+
+    def __exit__(self, *error: object) -> None:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.distributed

@@ -41,6 +41,7 @@ class Scenario:
         clip: norm of the gradients at most; None does not clip.
         precision: in Fabric's names.
         ranks: processes.
+        accelerator: in Fabric's names.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Scenario:
     clip: float | None = None
     precision: str = "32-true"
     ranks: int = 1
+    accelerator: str = "cpu"
 
     @property
     def strategy(self) -> str:
@@ -274,7 +276,7 @@ def ours(scenario: Scenario, batches: Iterable[Batch], **options: Any) -> None:
         DreamTrainerConfig(
             seed=1,
             device_parameters=DeviceParameters(
-                accelerator="cpu",
+                accelerator=scenario.accelerator,
                 devices=scenario.ranks,
                 strategy=None if scenario.ranks == 1 else "ddp",
                 precision=scenario.precision,  # type: ignore[arg-type]
