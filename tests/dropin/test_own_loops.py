@@ -15,12 +15,21 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.strategies import ModelParallelStrategy
 from support import RankError, free_port, run_ranks
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, Dataset
 
-from dream_trainer import CheckpointParameters, DreamFabric, ResumableLoader, ResumableRun
+from dream_trainer import (
+    CheckpointParameters,
+    DreamFabric,
+    MeshStrategy,
+    ResumableLoader,
+    ResumableRun,
+)
 from dream_trainer.coordination import Interrupted, Preempted
 from dream_trainer.errors import ConfigError, StateError
 from dream_trainer.loggers import JsonlLog
@@ -49,14 +58,15 @@ class Program:
     """A model that learns a number, and what its loop has seen."""
 
     def __init__(self, folder: Path, kind: type[Fabric] = Fabric, size: int = 1, **options: Any):
-        strategy = "ddp" if size > 1 else "auto"
+        strategy: Any = options.pop("strategy", "ddp" if size > 1 else "auto")
         self.fabric = kind(accelerator="cpu", devices=size, strategy=strategy)
         self.fabric.launch()
         seed_everything(3)
         own = nn.Linear(1, 1), nn.Dropout(0.2)
-        model = nn.Sequential(*own)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-        self.model, self.optimizer = self.fabric.setup(model, optimizer)
+        self.model = self.fabric.setup_module(nn.Sequential(*own))
+        # Made from the parameters that a sharding strategy leaves behind.
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9)
+        self.optimizer = self.fabric.setup_optimizers(optimizer)
         self.progress = {"seen": 0}
         named = {"model": self.model, "optimizer": self.optimizer, "progress": self.progress}
         self.run = ResumableRun(self.fabric, folder / "run", **{**named, **options})
@@ -93,7 +103,9 @@ class Program:
 
     @property
     def weights(self) -> list[bytes]:
-        return [p.detach().numpy().tobytes() for p in self.model.parameters()]
+        found = [p.detach() for p in self.model.parameters()]
+        whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in found]
+        return [p.numpy().tobytes() for p in whole]
 
 
 def test_an_error_leaves_the_last_checkpoint_and_the_log_has_no_gap(tmp_path: Path) -> None:
@@ -273,6 +285,64 @@ def test_an_error_on_one_rank_ends_the_others_with_its_name(tmp_path: Path) -> N
     assert failed == "RuntimeError: no such file"
     assert alone.startswith("RankFailedError: rank 1 failed")
     assert "no such file" in alone
+
+
+@pytest.mark.distributed
+def test_what_rank_0_alone_logs_is_logged(tmp_path: Path) -> None:
+    def rank() -> None:
+        program, data = Program(tmp_path, Fabric, 2), loader()
+        with program.run:
+            for epoch in program.run.epochs(2):
+                for batch in program.run.batches(data):
+                    if program.fabric.global_rank == 0 and program.run.step % 5 == 0:
+                        program.run.log({"first": batch.sum()})
+                if program.fabric.global_rank == 1:
+                    program.run.log({"second": epoch})
+
+    run_ranks(2, rank)
+    rows = JsonlLog(tmp_path / "run" / "metrics.jsonl").read()
+    assert [(row["step"], "first" in row) for row in rows] == [
+        *((1, True), (6, True), (11, True), (12, False)),
+        *((16, True), (21, True), (24, False)),
+    ]
+    assert [row["second"] for row in rows if "second" in row] == [0, 1]
+
+
+def stock() -> ModelParallelStrategy:
+    """Lightning's own strategy for FSDP2."""
+    return ModelParallelStrategy(
+        lambda module, mesh: fully_shard(module, mesh=mesh["data_parallel"]),
+        data_parallel_size=2,
+        tensor_parallel_size=1,
+    )
+
+
+@pytest.mark.distributed
+@pytest.mark.filterwarnings("ignore:the checkpoint is of")
+@pytest.mark.parametrize("kind", [Fabric, DreamFabric])
+@pytest.mark.parametrize(
+    "strategy", [stock, lambda: MeshStrategy(dp_shard=2)], ids=["stock", "mesh"]
+)
+def test_sharded_runs_go_on_to_the_bit_and_on_one_device(
+    kind: type[Fabric], strategy: Any, tmp_path: Path
+) -> None:
+    def rank(name: str, stop_at: int | None, seen: int) -> list[bytes]:
+        on = every(4)
+        program = Program(tmp_path / name, kind, 2, checkpoints=on, strategy=strategy())
+        try:
+            with program.run:
+                program.fit(loader(), stop_at=stop_at)
+        except ZeroDivisionError:
+            return []
+        assert len(program.samples) == seen
+        return program.weights
+
+    straight = run_ranks(2, rank, "a", None, 48)
+    run_ranks(2, rank, "b", 18, 0)
+    assert run_ranks(2, rank, "b", None, 48 - 2 * 16) == straight
+    alone = Program(tmp_path / "b", kind)
+    assert alone.fit(loader()) == []
+    assert alone.weights == straight[0]
 
 
 # ---------------------------------------------------------------------- what is refused

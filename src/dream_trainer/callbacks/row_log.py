@@ -54,7 +54,7 @@ class RowLog:
             self._size = self._crc32 = 0
 
     def add(self, step: int, epoch: int, values: Observations) -> None:
-        """Add a row."""
+        """Add a row, on every rank; one that is empty on all of them is not written."""
         self._pending.append((step, epoch, values))
 
     def flush(self, world: DreamWorld, loggers: Iterable[Logger] = ()) -> list[dict[str, Any]]:
@@ -70,6 +70,7 @@ class RowLog:
         rows: list[dict[str, Any]] = [
             {"step": step, "epoch": epoch, **row}
             for (step, epoch, _), row in zip(pending, logged, strict=True)
+            if row
         ]
         if self._log is not None:
             self._write(self._log, rows)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from dream_trainer.world import Fabric
 
-_FLUSH_EVERY_N_ROWS = 50
+_FLUSH_EVERY_N_STEPS = 50
 
 
 class ResumableRun:
@@ -154,7 +154,8 @@ class ResumableRun:
     def log(self, values: Mapping[str, Value]) -> None:
         """Log values of the batch under way: a row of ``metrics.jsonl``, averaged over ranks.
 
-        Tensors are not waited for; rows are moved and written 50 at a time.
+        Tensors are not waited for; rows are moved and written every 50 batches. What some ranks
+        alone log is averaged over those.
         """
         self._logged.add(values)
 
@@ -288,6 +289,8 @@ class ResumableRun:
     def _finish_batch(self) -> None:
         """A place where the run can end, and be saved."""
         self._take_row()
+        if self.step % _FLUSH_EVERY_N_STEPS == 0:
+            self._flush()
         self._check()
         if self.stop_reason is not None:
             self._save_at_last()  # outside of the loop nobody would know the place in the epoch
@@ -346,10 +349,10 @@ class ResumableRun:
             self._checkpointer.wait()
 
     def _take_row(self) -> None:
-        if values := self._logged.take():
+        """On ranks also one without values: some programs log on rank 0 alone."""
+        values = self._logged.take()
+        if values or self._world.size > 1:
             self._rows.add(self.step, self.epoch, values)
-        if len(self._rows) >= _FLUSH_EVERY_N_ROWS:
-            self._flush()
 
     def _flush(self) -> None:
         self._rows.flush(self._world)

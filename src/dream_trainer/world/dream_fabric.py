@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.fabric import Fabric
@@ -23,6 +23,14 @@ from dream_trainer.world.gradient_sync import no_gradient_sync
 from dream_trainer.world.restarts import fresh_store
 from dream_trainer.world.wrapped_module import improved
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _as_in_fabric(method: F) -> F:
+    """Let ``inspect.signature`` show the parameters of the method that this one overrides."""
+    method.__wrapped__ = getattr(Fabric, method.__name__)  # type: ignore[attr-defined]
+    return method
+
 
 class DreamFabric(Fabric):
     """A drop-in for `Fabric`: same constructor, same methods.
@@ -35,21 +43,25 @@ class DreamFabric(Fabric):
     ``forward`` does; nothing need be marked.
     """
 
+    @_as_in_fabric
     def launch(self, *args: Any, **kwargs: Any) -> Any:
         """Launch like Fabric; workers that torchrun started again find each other."""
         with fresh_store():
             return super().launch(*args, **kwargs)
 
+    @_as_in_fabric
     def setup(self, module: nn.Module, *optimizers: Optimizer, **kwargs: Any) -> Any:
         """Set up like Fabric; every method of the module runs like ``forward``."""
         made = super().setup(module, *optimizers, **kwargs)
         improved(made[0] if isinstance(made, tuple) else made)
         return made
 
+    @_as_in_fabric
     def setup_module(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Set up like Fabric; every method of the module runs like ``forward``."""
         return improved(super().setup_module(module, *args, **kwargs))
 
+    @_as_in_fabric
     def save(
         self,
         path: str | Path,
@@ -67,6 +79,7 @@ class DreamFabric(Fabric):
         # A rank that runs ahead must find the file under its final name.
         self.barrier()
 
+    @_as_in_fabric
     def load(
         self,
         path: str | Path,
@@ -87,12 +100,14 @@ class DreamFabric(Fabric):
                 state[key] = value
         return remainder
 
+    @_as_in_fabric
     def no_backward_sync(self, module: Any, enabled: bool = True) -> AbstractContextManager[None]:
         """Skip gradient synchronisation inside; afterwards it is on again."""
         if not isinstance(self.strategy, ModelParallelStrategy):
             return super().no_backward_sync(module, enabled)
         return no_gradient_sync([module]) if enabled else nullcontext()
 
+    @_as_in_fabric
     def clip_gradients(self, *args: Any, **kwargs: Any) -> Tensor | None:
         """Clip like Fabric; the norm comes back as a plain tensor, never sharded."""
         norm = super().clip_gradients(*args, **kwargs)
