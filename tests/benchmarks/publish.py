@@ -179,7 +179,7 @@ def _number(value: float, digits: int | None = None) -> str:
         digits = (
             0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 0.1 else 3
         )
-    return f"{value:,.{digits}f}"
+    return f"{round(value, digits) + 0.0:,.{digits}f}"  # no -0
 
 
 # ---------------------------------------------------------------------- pictures
@@ -195,7 +195,7 @@ def draw_steps(found: Mapping[str, Found], target: Path) -> None:
         medians = [max(one["median"], 0.0) for one in above]
         ax.barh(tools, medians, color=_colors(tools))
         for place, (median, one) in enumerate(zip(medians, above, strict=True)):
-            ax.annotate(f"{one['median']:.0f}", (median, place), (3, 0), **_BESIDE)
+            ax.annotate(_number(one["median"], 0), (median, place), (3, 0), **_BESIDE)
         ax.set_title(name, fontsize=10)
         ax.set_xlim(0, max(medians) * 1.25)
     figure.supxlabel("microseconds a batch above plain PyTorch", fontsize=9)
