@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,9 @@ def test_both_sides_of_a_page_train(page: str, tmp_path: Path) -> None:
 
         names["Fabric"] = Fabric
         for block in blocks(page):
+            if "import Accelerator" in block and find_spec("accelerate") is None:
+                print("left out, for it needs: pip install accelerate")
+                continue
             exec(compile(block, page, "exec"), names)
         return len(list(tmp_path.glob("runs/**/manifest.json")))
 
