@@ -92,7 +92,7 @@ def faults(session: nox.Session) -> None:
     seed = os.environ.get("FAULTS_SEED") or str(random.randrange(1_000_000))
     session.log(f"FAULTS_SEED={seed}")
     command = ["python", "-m", "pytest", "-v", "-n", "auto", "--dist", "worksteal", "-m", ""]
-    folders = ["faults", "launch", "coordination", "cli/test_fuzz.py", "test_examples.py"]
+    folders = ["faults", "launch", "coordination", "dropin", "cli/test_fuzz.py", "test_examples.py"]
     command += [*(f"tests/{name}" for name in folders), *session.posargs]
     run_in_dev(session, *command, OMP_NUM_THREADS="1", FAULTS_SEED=seed)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import random
 import runpy
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -424,30 +426,61 @@ def test_a_script_runs_under_fabric_run(tmp_path: Path) -> None:
     assert ("done at step 12, epoch 3" in second, "loss" in second) == (True, False)
 
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "own_loop.py"
+
+
+def example(folder: Path, name: str, epochs: int, kill_at: int = 0, kill_after: float = 0) -> str:
+    """What the example prints; killed at a step, or so many seconds after its imports."""
+    os.chdir(folder)
+    main = runpy.run_path(str(EXAMPLE))["main"]
+    num_steps = 0
+
+    def kill() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def count(*_: Any) -> None:
+        nonlocal num_steps
+        num_steps += 1
+        if num_steps == kill_at:
+            kill()
+
+    register_optimizer_step_post_hook(count)
+    if kill_after:
+        threading.Timer(kill_after, kill).start()
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        main(name, epochs=epochs)
+    return told.getvalue()
+
+
+def weights_and_log(folder: Path, name: str, output: str) -> tuple[str, bytes]:
+    last = output.splitlines()[-1]
+    assert last.startswith("weights")
+    return last, (folder / name / "metrics.jsonl").read_bytes()
+
+
 def test_the_example_goes_on_after_a_kill(tmp_path: Path) -> None:
-    example = Path(__file__).parents[2] / "examples" / "own_loop.py"
-
-    def rank(name: str, kill_at: int) -> str:
-        os.chdir(tmp_path)
-        main = runpy.run_path(str(example))["main"]
-        num_steps = 0
-
-        def count(*_: Any) -> None:
-            nonlocal num_steps
-            num_steps += 1
-            if num_steps == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        register_optimizer_step_post_hook(count)
-        with contextlib.redirect_stdout(io.StringIO()) as told:
-            main(name, epochs=3)
-        return told.getvalue()
-
-    (straight,) = run_ranks(1, rank, "a", 0)
+    (straight,) = run_ranks(1, example, tmp_path, "a", 3)
     with pytest.raises(RankError, match="died with exit code -9"):
-        run_ranks(1, rank, "b", 100)
-    (resumed,) = run_ranks(1, rank, "b", 0)
-    assert resumed.splitlines()[-1] == straight.splitlines()[-1]
-    assert straight.splitlines()[-1].startswith("weights")
-    logs = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in "ab"]
-    assert logs[0] == logs[1]
+        run_ranks(1, example, tmp_path, "b", 3, 100)
+    (resumed,) = run_ranks(1, example, tmp_path, "b", 3)
+    assert weights_and_log(tmp_path, "b", resumed) == weights_and_log(tmp_path, "a", straight)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(600)
+def test_killed_at_random_instants_the_example_ends_as_if_it_were_not(tmp_path: Path) -> None:
+    seed = int(os.environ.get("FAULTS_SEED", "0")) or random.randrange(1_000_000)
+    print(f"FAULTS_SEED={seed}")
+    draw, num_kills, output = random.Random(seed), 0, ""
+    (straight,) = run_ranks(1, example, tmp_path, "a", 20)
+    while not output:
+        # A run that saves every 20 steps gets on, however short its lives are.
+        after = draw.uniform(0.3, 1.5)
+        try:
+            (output,) = run_ranks(1, example, tmp_path, "b", 20, 0, after)
+        except RankError as error:
+            assert "died with exit code -9" in str(error)  # noqa: PT017
+            num_kills += 1
+    print(f"{num_kills} kills")
+    assert num_kills >= 2
+    assert weights_and_log(tmp_path, "b", output) == weights_and_log(tmp_path, "a", straight)
