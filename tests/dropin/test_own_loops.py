@@ -193,6 +193,31 @@ def test_stop_ends_the_loops_and_the_run_stays_ended(tmp_path: Path) -> None:
     assert len(on.fit(loader())) == 38
 
 
+def test_a_loop_may_be_left_early_and_a_save_asked_for(tmp_path: Path) -> None:
+    def run(name: str, stop_at: int | None) -> list[int]:
+        data = loader()
+        program = Program(tmp_path / name, checkpoints=every(every_n_epochs=None))
+        try:
+            with program.run:
+                for _ in program.run.epochs(3):
+                    for index, batch in program.run.batches(data).enumerate():
+                        if program.run.step == stop_at:
+                            raise ZeroDivisionError
+                        program.train(batch)
+                        if index == 3:
+                            program.run.save()
+                        if index == 6:
+                            break
+        except ZeroDivisionError:
+            return []
+        return program.samples
+
+    straight = run("a", None)
+    assert len(straight) == 3 * 14
+    run("b", 12)
+    assert run("b", None) == straight[14 + 8 :]
+
+
 def test_positions_and_lengths_are_those_of_the_whole_epoch(tmp_path: Path) -> None:
     def indices(stop_at: int | None) -> list[int]:
         program = Program(tmp_path, checkpoints=every(3))

@@ -105,7 +105,7 @@ class ResumableRun:
         self._loaded_only: Mapping[str, Any] = {}
         self._reading: Reading | None = None
         self._position = 0
-        self._was_read = False
+        self._was_read = self._is_save_asked_for = False
         self._to_resume: Mapping[str, Any] | None = None
         self._saved_at: tuple[int, int] | None = None
         self._last_save = 0.0
@@ -123,9 +123,9 @@ class ResumableRun:
             Preempted: likewise, if a scheduler's signal did.
             CheckpointError: the end of the run could not be saved.
         """
-        self._open()
-        self._has_epochs = True
         with self._ended():
+            self._open()
+            self._has_epochs = True
             for index, epoch in enumerate(range(epochs) if isinstance(epochs, int) else epochs):
                 if index < self.epoch:
                     continue
@@ -159,15 +159,9 @@ class ResumableRun:
         """
         self._logged.add(values)
 
-    def save(self) -> Path:
-        """Save now, between two batches: in an epoch's beginning or end, say. A collective."""
-        self._saved_at, self._last_save = (self.step, self.epoch), time.monotonic()
-        self._flush()
-        self._rows.sync()
-        self._place.enter("save")
-        return self._checkpointer.save(
-            self._state(), step=self.step, epoch=self.epoch, optimizers=self._objects.optimizers
-        )
+    def save(self) -> None:
+        """Save after the batch under way, or at the end of the epoch. On every rank."""
+        self._is_save_asked_for = True
 
     def __enter__(self) -> ResumableRun:
         """For a program that goes on after an error: everything is closed at the block's end."""
@@ -217,17 +211,15 @@ class ResumableRun:
         self._lock.acquire()
 
     def _read(self, loader: Any) -> Iterator[Any]:
-        self._open()
         if self._reading is not None or self._was_read:
             raise RuntimeError(
                 "run.batches is read once an epoch: a run that goes on in the middle of a second "
                 "loop would come through what is between the two once more. Read what trains "
                 "nothing without it, and give another loop that trains an epoch of its own."
             )
-        reading = self._reading_of(loader)
         with contextlib.nullcontext() if self._has_epochs else self._ended():
-            yield from self._train_on(reading)
-            self._was_read = True
+            self._open()
+            yield from self._train_on(self._reading_of(loader))
             if not self._has_epochs and self.stop_reason is None:
                 self._end_epoch()
 
@@ -249,7 +241,7 @@ class ResumableRun:
                     break
                 self._place.enter("loader")
         finally:
-            self._reading = None
+            self._reading, self._was_read = None, True
 
     def _opened(self, reading: Reading) -> Iterator[Any]:
         """The rest of the epoch under way, or a whole one."""
@@ -296,7 +288,8 @@ class ResumableRun:
             self._save_at_last()  # outside of the loop nobody would know the place in the epoch
             return
         every = self._parameters.every_n_steps
-        if (every is not None and self.step % every == 0) or self._minutes_are_over():
+        is_due = every is not None and self.step % every == 0
+        if is_due or self._is_save_asked_for or self._minutes_are_over():
             self._save_if_new()
 
     def _end_epoch(self) -> None:
@@ -306,7 +299,7 @@ class ResumableRun:
         self._flush()
         self._check()
         every = self._parameters.every_n_epochs
-        if every is not None and self.epoch % every == 0:
+        if self._is_save_asked_for or (every is not None and self.epoch % every == 0):
             self._save_if_new()
 
     def _check(self) -> None:
@@ -333,7 +326,7 @@ class ResumableRun:
             return
         self._checkpointer.report()
         try:
-            self.save()
+            self._save()
         except CheckpointError as error:
             if self._world.is_global_zero:
                 text = f"a checkpoint was not saved. {error}"
@@ -345,8 +338,18 @@ class ResumableRun:
             return
         is_committed = self._checkpointer.report(wait=True)
         if not is_committed or self._saved_at != (self.step, self.epoch):
-            self.save()
+            self._save()
             self._checkpointer.wait()
+
+    def _save(self) -> None:
+        self._saved_at, self._last_save = (self.step, self.epoch), time.monotonic()
+        self._is_save_asked_for = False
+        self._flush()
+        self._rows.sync()
+        self._place.enter("save")
+        self._checkpointer.save(
+            self._state(), step=self.step, epoch=self.epoch, optimizers=self._objects.optimizers
+        )
 
     def _take_row(self) -> None:
         """On ranks also one without values: some programs log on rank 0 alone."""
