@@ -33,14 +33,34 @@ CONFIGS = (
 )
 
 # What a page leaves open: before the block of that number, this is run.
+_READERS_OWN = """
+import torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from lightning.fabric import Fabric
+from dream_trainer import *
+def Net():
+    return torch.nn.Linear(4, 3)
+x = torch.randn(64, 4)
+data = TensorDataset(x, x[:, :3].argmax(1))
+"""
+_RUN = """
+from lightning.fabric import Fabric
+from dream_trainer import ResumableRun
+run, stream = ResumableRun(Fabric(accelerator="cpu", devices=1), "{}"), [1, 2]
+"""
 LEFT_OPEN = {
+    "docs/migrating/accelerate.md": {0: _READERS_OWN},
+    "docs/migrating/fabric.md": {0: _READERS_OWN},
+    "docs/migrating/lightning.md": {0: _READERS_OWN},
+    "docs/own_loop.md": {0: _RUN.format("a"), 1: _RUN.format("b")},
     "docs/trainers/abstract_trainer.md": {
         0: "import torch",
         1: "from dream_trainer.trainer import AbstractTrainerConfig\n"
         "trainer = MyTrainer(AbstractTrainerConfig())\n"
         "trainer.configure()\n"
         "trainer.setup()",
-    }
+    },
 }
 
 # One process loads torch and lightning; each page runs in a fork of it. The blocks of a page share

@@ -59,6 +59,7 @@ MADE_OF_IT = (
     "DreamFabric",
     "DreamWorld",
     "MeshStrategy",
+    "ResumableRun",
     "RunPlan",
     "export_checkpoint",
     "plan_run",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dream_trainer.dropin.reading import Reading, reading_of
+from dream_trainer.dropin.reading import Reading, is_loader, keeps_state, reading_of
 from dream_trainer.errors import ConfigError
 from dream_trainer.trainer.components import Components
 from dream_trainer.world.component_state import (
@@ -52,10 +52,9 @@ class NamedObjects:
                 found[kind][name] = one
             elif isinstance(one, (dict, list)):
                 self._others[name] = one
-            elif isinstance(one, Iterable) and not isinstance(one, (str, bytes)):
-                self._others[name] = reading_of(one)
-                self._loaders[id(one)] = self._others[name]
-            elif _keeps_state(one):
+            elif is_loader(one):
+                self._others[name] = self._loaders[id(one)] = reading_of(one)
+            elif keeps_state(one):
                 self._others[name] = one
             else:
                 problems.append(f"{name} is a {type(one).__name__}, which has no load_state_dict")
@@ -128,10 +127,6 @@ class NamedObjects:
             load_rank_buffers(models, own["buffers"])
             load_window_gradients(models, own["window"]["gradients"])
             keep_reducing_gradients(self.given_models)
-
-
-def _keeps_state(one: Any) -> bool:
-    return hasattr(one, "state_dict") and hasattr(one, "load_state_dict")
 
 
 def _state_of(one: Any) -> Any:

@@ -10,7 +10,7 @@ import copy
 import itertools
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -230,13 +230,26 @@ class OfDataLoader(Reading):
             self._wrapped.num_iterations = state_dict["num_iterations"]
 
 
+def is_loader(one: Any) -> bool:
+    """Whether an object is read, and keeps a place that can be put back."""
+    from dream_trainer.world.fabric_loader import FabricLoader
+
+    is_torchs = isinstance(one, DataLoader) or FabricLoader.of(one) is not None
+    return is_torchs or (isinstance(one, Iterable) and keeps_state(one))
+
+
+def keeps_state(one: Any) -> bool:
+    """Whether it gives its state, and takes it back."""
+    return hasattr(one, "state_dict") and hasattr(one, "load_state_dict")
+
+
 def reading_of(loader: Any) -> Reading:
     """How a loader is read."""
     from dream_trainer.world.fabric_loader import FabricLoader
 
     if (wrapped := FabricLoader.of(loader)) is not None:
         loader = wrapped.loader
-    if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
+    if keeps_state(loader):
         return OfItself(loader, wrapped)
     if isinstance(loader, DataLoader):
         return OfDataLoader(loader, wrapped)
@@ -284,4 +297,4 @@ def _own_form(state: Any) -> Any:
     return tuple(map(_own_form, state)) if isinstance(state, tuple) else state
 
 
-__all__ = ["Reading", "reading_of"]
+__all__ = ["Reading", "is_loader", "keeps_state", "reading_of"]

@@ -261,12 +261,12 @@ class ResumableRun:
         return reading.begin_at(loop["start"], self._position)
 
     def _reading_of(self, loader: Any) -> Reading:
+        world = self._world
+        if isinstance(loader, ResumableLoader) and world.size > 1:
+            loader.attach(rank=world.dp_rank, size=world.dp_size, any_rank=world.any)
         if (named := self._objects.reading_of(loader)) is not None:
             return named
         if self._only is None:
-            world = self._world
-            if isinstance(loader, ResumableLoader) and world.size > 1:
-                loader.attach(rank=world.dp_rank, size=world.dp_size, any_rank=world.any)
             self._only = loader, reading_of(loader)
             if self._loaded_only:
                 self._only[1].load_state_dict(self._loaded_only)
