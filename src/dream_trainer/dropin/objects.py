@@ -13,16 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from dream_trainer.dropin.reading import Reading, is_loader, keeps_state, reading_of
 from dream_trainer.errors import ConfigError
 from dream_trainer.trainer.components import Components
-from dream_trainer.world.component_state import (
-    frozen_parameters,
-    gradients_by_name,
-    load_gradients,
-    load_rank_buffers,
-    modules_in_eval_mode,
-    rank_buffers,
-    set_eval_mode,
-    set_frozen_parameters,
-)
+from dream_trainer.world.component_state import load_training_condition, training_condition
 from dream_trainer.world.gradient_sync import keep_reducing_gradients
 from dream_trainer.world.window_gradients import load_window_gradients, window_gradients
 
@@ -88,10 +79,7 @@ class NamedObjects:
             **self._components.state_dict(),
             "others": others,
             "trainer": {
-                "gradients": gradients_by_name(models, sharded_only=True),
-                "frozen": frozen_parameters(models),
-                "in_eval_mode": modules_in_eval_mode(models),
-                "buffers": rank_buffers(models) if world.size > 1 else {},
+                **training_condition(models, has_ranks=world.size > 1, sharded_only=True),
                 "window": {
                     "gradients": window_gradients(models),
                     # A replay buffer, say, is a rank's own.
@@ -120,11 +108,8 @@ class NamedObjects:
         others = {**state["others"], **(own["window"]["others"] if is_same_rank else {})}
         for name, one in self._others.items():
             _load(one, copy.deepcopy(others[name]))
-        set_frozen_parameters(models, own["frozen"])
-        set_eval_mode(models, own["in_eval_mode"])
-        load_gradients(models, own["gradients"])
+        load_training_condition(models, own, is_same_rank=is_same_rank)
         if is_same_rank:
-            load_rank_buffers(models, own["buffers"])
             load_window_gradients(models, own["window"]["gradients"])
             keep_reducing_gradients(self.given_models)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -46,11 +45,13 @@ _KNOWN_SAMPLERS = (
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
-_RANDOM = "the place in its random streams is not known after a restart"
 
 
-class Reading(ABC):
+class Reading:
     """One loader and the iteration over it that is under way.
+
+    As it is, for anything that can be read again from its beginning; others know a shorter way to a
+    place.
 
     Args:
         loader: the user's.
@@ -97,12 +98,12 @@ class Reading(ABC):
         """What the loader keeps from epoch to epoch."""
         return {}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # noqa: B027
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`, between two epochs."""
 
-    @abstractmethod
     def _opened(self) -> Iterator[Any]:
         """An iteration from the beginning."""
+        return iter(self._loader if self._wrapped is None else self._wrapped.wrapper)
 
     def _opened_at(self, position: int) -> Iterator[Any]:
         """The same, without the first batches."""
@@ -152,25 +153,12 @@ class OfItself(Reading):
         self._go_to(state["now"])
         return iterator
 
-    def _opened(self) -> Iterator[Any]:
-        return iter(self._loader if self._wrapped is None else self._wrapped.wrapper)
-
 
 class OfSequence(Reading):
     """A list of batches."""
 
-    def _opened(self) -> Iterator[Any]:
-        return iter(self._loader)
-
     def _opened_at(self, position: int) -> Iterator[Any]:
         return itertools.islice(iter(self._loader), position, None)
-
-
-class OfIterable(Reading):
-    """Anything else that can be read again from its beginning."""
-
-    def _opened(self) -> Iterator[Any]:
-        return iter(self._loader)
 
 
 class OfDataLoader(Reading):
@@ -190,9 +178,6 @@ class OfDataLoader(Reading):
         self._generators: list[OwnGenerator] = own_generators(loader)
         for problem in _problems(loader):
             warnings.warn(f"{type(loader).__name__}: {problem}", stacklevel=4)
-
-    def _opened(self) -> Iterator[Any]:
-        return iter(self._loader if self._wrapped is None else self._wrapped.wrapper)
 
     def _opened_at(self, position: int) -> Iterator[Any]:
         loader = self._loader
@@ -253,7 +238,7 @@ def reading_of(loader: Any) -> Reading:
         return OfItself(loader, wrapped)
     if isinstance(loader, DataLoader):
         return OfDataLoader(loader, wrapped)
-    return OfSequence(loader) if isinstance(loader, Sequence) else OfIterable(loader)
+    return OfSequence(loader) if isinstance(loader, Sequence) else Reading(loader)
 
 
 def _problems(loader: DataLoader[Any]) -> list[str]:
@@ -261,8 +246,8 @@ def _problems(loader: DataLoader[Any]) -> list[str]:
     problems = []
     if loader.persistent_workers:
         problems.append(
-            f"with persistent_workers {_RANDOM}. If its data set draws, leave it off, or use "
-            "ResumableLoader(loader)."
+            "with persistent_workers the place in its random streams is not known after a restart. "
+            "If its data set draws, leave it off, or use ResumableLoader(loader)."
         )
     if loader.num_workers and not getattr(loader, "in_order", True):
         problems.append("in_order=False hands out batches in the order in which workers finish.")

@@ -12,16 +12,7 @@ from dream_trainer.errors import NonFiniteError, StateError
 from dream_trainer.progress import Progress
 from dream_trainer.randomness import derive, rng_state, seed_everything, set_rng_state
 from dream_trainer.trainer.finiteness import first_nonfinite
-from dream_trainer.world.component_state import (
-    frozen_parameters,
-    gradients_by_name,
-    load_gradients,
-    load_rank_buffers,
-    modules_in_eval_mode,
-    rank_buffers,
-    set_eval_mode,
-    set_frozen_parameters,
-)
+from dream_trainer.world.component_state import load_training_condition, training_condition
 from dream_trainer.world.gradient_sync import keep_reducing_gradients
 from dream_trainer.world.window_gradients import load_window_gradients, window_gradients
 
@@ -58,15 +49,14 @@ def gather_state(trainer: BaseTrainer) -> dict[str, Any]:
             "progress": trainer.progress.state_dict(),
             "seed": trainer.seed,
             "layout": _layout(trainer),
-            "gradients": gradients_by_name(models, sharded_only=is_in_window),
             "stop_reason": trainer.stop_reason,
             "window": _window_state(trainer) if is_in_window else {},
             "validation_results": dict(trainer.validation_results),
-            "frozen": frozen_parameters(models),
-            "in_eval_mode": modules_in_eval_mode(models),
             "metrics": trainer.metrics.state_dict(),
             "logged": trainer.logged.state_dict(),
-            "buffers": rank_buffers(models) if trainer.world.size > 1 else {},
+            **training_condition(
+                models, has_ranks=trainer.world.size > 1, sharded_only=is_in_window
+            ),
         },
         **trainer.components.state_dict(),
         "dataloaders": {"train": trainer.loop.train_loader.state_dict()},
@@ -105,10 +95,7 @@ def apply_state(trainer: BaseTrainer, state: Mapping[str, Any], strict: bool) ->
     trainer.callbacks.load_state_dict(state.get("callbacks", {}))
     trainer.world.load_precision_state(state.get("precision", {}))
     models = trainer.components.models
-    if "frozen" in own:
-        set_frozen_parameters(models, own["frozen"])
-        set_eval_mode(models, own["in_eval_mode"])
-    load_gradients(models, own.get("gradients", {}))
+    load_training_condition(models, own, is_same_rank=is_same_rank)
     if "stop_reason" not in trainer.checkpoint_parameters.allow_changed:
         trainer.stop_reason = own.get("stop_reason")
     trainer.validation_results = dict(own.get("validation_results", {}))
@@ -116,7 +103,6 @@ def apply_state(trainer: BaseTrainer, state: Mapping[str, Any], strict: bool) ->
     if is_same_rank:
         trainer.metrics.load_state_dict(own.get("metrics", {}))
         trainer.logged.load_state_dict(copy.deepcopy(own.get("logged", {})))
-        load_rank_buffers(models, own.get("buffers", {}))
         if window := own.get("window"):
             trainer.window.load_state_dict(window)
             load_window_gradients(models, window["gradients"])

@@ -222,6 +222,42 @@ def set_eval_mode(models: Mapping[str, nn.Module], names: Iterable[str]) -> None
             part.training = clean_name(f"{model_name}.{name}.") not in in_eval
 
 
+def training_condition(
+    models: Mapping[str, nn.Module], *, has_ranks: bool, sharded_only: bool
+) -> dict[str, Any]:
+    """What a training has made of models beside their state.
+
+    Args:
+        models: by name.
+        has_ranks: whether there are several, whose buffers differ.
+        sharded_only: see `gradients_by_name`.
+    """
+    return {
+        "gradients": gradients_by_name(models, sharded_only=sharded_only),
+        "frozen": frozen_parameters(models),
+        "in_eval_mode": modules_in_eval_mode(models),
+        "buffers": rank_buffers(models) if has_ranks else {},
+    }
+
+
+def load_training_condition(
+    models: Mapping[str, nn.Module], state: Mapping[str, Any], *, is_same_rank: bool
+) -> None:
+    """The inverse of `training_condition`.
+
+    Args:
+        models: by name.
+        state: from any ranks; parts may be missing.
+        is_same_rank: whether the buffers are those of this one.
+    """
+    if "frozen" in state:
+        set_frozen_parameters(models, state["frozen"])
+        set_eval_mode(models, state["in_eval_mode"])
+    load_gradients(models, state.get("gradients", {}))
+    if is_same_rank:
+        load_rank_buffers(models, state.get("buffers", {}))
+
+
 def gradients_by_name(
     models: Mapping[str, nn.Module], *, sharded_only: bool = False
 ) -> dict[str, Tensor]:
