@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+from streams import differing_streams, restore_rng_streams, rng_streams, same_streams
 
 # Set by importing a library, or by pytest itself.
 _FOREIGN_VARIABLES = {
@@ -56,9 +57,7 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     now = rng_streams()
     restore_rng_streams(streams)
-    found: dict[str, list[str]] = {
-        "rng": [name for name in streams if not _same(streams[name], now[name])]
-    }
+    found: dict[str, list[str]] = {"rng": differing_streams(streams, now)}
     for kind, look in looks.items():
         found[kind] = _added(look(), before[kind])
         if found[kind]:
@@ -97,37 +96,6 @@ def untouched_rng() -> Iterator[None]:
     is_same = same_streams(before, rng_streams())
     restore_rng_streams(outer)
     assert is_same, "a global random stream was drawn from"
-
-
-def rng_streams() -> dict[str, Any]:
-    """State of the global streams of the modules that are loaded."""
-    streams: dict[str, Any] = {"random": random.getstate()}
-    if (numpy := sys.modules.get("numpy")) is not None:
-        streams["numpy"] = numpy.random.get_state()
-    if (torch := sys.modules.get("torch")) is not None:
-        streams["torch"] = torch.get_rng_state()
-    return streams
-
-
-def restore_rng_streams(streams: dict[str, Any]) -> None:
-    random.setstate(streams["random"])
-    if "numpy" in streams:
-        sys.modules["numpy"].random.set_state(streams["numpy"])
-    if "torch" in streams:
-        sys.modules["torch"].set_rng_state(streams["torch"])
-
-
-def same_streams(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return all(_same(one[name], other[name]) for name in one)
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two states of the same stream are equal; numpy's and torch's hold arrays."""
-    if isinstance(one, tuple):
-        return all(_same(a, b) for a, b in zip(one, other, strict=True))
-    if hasattr(one, "tobytes"):
-        return bool(one.tobytes() == other.tobytes())
-    return bool(one.equal(other) if hasattr(one, "equal") else one == other)
 
 
 def _added(after: dict[Any, str], before: dict[Any, str]) -> list[str]:

@@ -404,6 +404,8 @@ class ResumableRun:
         is_orderly = error is None or isinstance(error, (Interrupted, Preempted))
         first = None if error is None or is_orderly else self._watch.fail(error)
         self._watch.leave()
+        if is_orderly:
+            self._world.end_side_groups()
         if first is not None:
             raise RankFailedError(first) from error
 

@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -31,9 +31,10 @@ from dream_trainer.errors import ConfigError
 from dream_trainer.loggers import Logger
 from dream_trainer.loop import FitLoop
 from dream_trainer.metrics import LoggedValues, Value
-from dream_trainer.randomness import rng_state, seed_everything, set_rng_state
+from dream_trainer.randomness import seed_everything
 from dream_trainer.storage.run_lock import RunLock
 from dream_trainer.trainer.abstract import AbstractTrainer, AbstractTrainerConfig
+from dream_trainer.trainer.closing import close
 from dream_trainer.trainer.components import Components, find_module
 from dream_trainer.trainer.loaders import adopt_loader, count_training_steps
 from dream_trainer.trainer.metric_phases import MetricPhases
@@ -46,6 +47,7 @@ from dream_trainer.trainer.run_directory import (
     fresh_experiment_name,
     recorded_or_new_seed,
 )
+from dream_trainer.trainer.run_streams import RunStreams, programs_own_streams
 from dream_trainer.trainer.running import running
 from dream_trainer.trainer.state import (
     OwnState,
@@ -54,6 +56,9 @@ from dream_trainer.trainer.state import (
     gather_state,
     seed_rank,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 #: The next one without a name in this process, as in every restart of its job.
 _runs_without_name = itertools.count()
@@ -116,12 +121,15 @@ class BaseTrainer(AbstractTrainer):
         place: what this rank is doing, for messages of failures.
         interruption: where requests to stop come together.
         watch: the eye on the other ranks.
+        streams: the run's random streams.
         window: the accumulation window under way.
         logged: values logged since the last step.
         is_running: whether `fit`, `validate`, `test` or `predict` is under way.
         is_fitting: whether `fit` is under way.
+        is_prepared: whether `prepare` is done.
         is_resumed: whether the run continues from a checkpoint.
         is_brought_back: whether ranks that were forked or spawned have ended, and left this.
+        is_closed: whether `close` was called.
         is_interrupted_between_batches: in ``on_interrupt``, whether the state is whole.
         stop_reason: what `stop` was told; None while the run may go on.
         validation_results: of the last validation of the run, by name.
@@ -156,13 +164,13 @@ class BaseTrainer(AbstractTrainer):
         self.logged = LoggedValues()
         self.is_running = self.is_fitting = self.is_resumed = False
         self.is_interrupted_between_batches = False
-        self.is_brought_back = False
+        self.is_brought_back = self.is_closed = False
         self.stop_reason: str | None = None
         self._connect()
         self.validation_results: Mapping[str, float] = {}
         self.describe_config: Callable[[Any], str] = config_yaml
-        self._is_prepared = self._is_restored = False
-        self._rng_state: Mapping[str, Any] | None = None
+        self.is_prepared = self._is_restored = False
+        self.streams = RunStreams(self.progress)
         self._loaders: dict[str, ResumableLoader] = {}
         self.window = AccumulationWindow(1, 1, _on_its_own)
 
@@ -253,7 +261,8 @@ class BaseTrainer(AbstractTrainer):
                 "one: it continues from the last checkpoint."
             )
         if self.world.starts_functions:
-            bring_back(self, run_on_ranks(self, "fit"))
+            with programs_own_streams():
+                bring_back(self, run_on_ranks(self, "fit"))
             return
         with running(self):
             self.stop_reason = None
@@ -267,7 +276,9 @@ class BaseTrainer(AbstractTrainer):
             self.is_fitting = True
             self.callbacks.pre_fit(self)
             self.loop.sanity_check()
-            self._set_run_rng()
+            # The streams of the first step depend on the seed, or on the checkpoint, alone.
+            if not self.streams.take_up() and not self.progress.num_batches:
+                seed_rank(self)
             self.loop.run()
             self.callbacks.post_fit(self)
             self.checkpointer.wait()
@@ -387,6 +398,29 @@ class BaseTrainer(AbstractTrainer):
         else:
             self.stop_reason = reason
 
+    def close(self) -> None:
+        """Let go of what outlives a run on several ranks: the process group, if this opened it.
+
+        Until then the trainer can go on: ``test`` after ``fit``, say. Afterwards its attributes
+        hold the modules as they were made; their weights are those of the run, or this rank's
+        shards of them. ``with MyTrainer(config) as trainer`` calls it at the end of the block.
+        Every rank calls it. While an exception is under way on several ranks, nothing happens.
+
+        Raises:
+            RuntimeError: a run is under way.
+        """
+        if self.is_running:
+            raise RuntimeError("a run is under way; stop it first, with trainer.stop(reason)")
+        if not self.is_closed:
+            self.is_closed = True
+            close(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def clock(self) -> float:
         """Seconds from any start, for ``max_time``; a test may override it."""
         return time.monotonic()
@@ -450,7 +484,7 @@ class BaseTrainer(AbstractTrainer):
         # During setup there is no loop yet; later its loader must not be attached anew.
         loader = (
             self.loop.train_loader
-            if self._is_prepared
+            if self.is_prepared
             else self._adopt(self.train_dataloader, "train_dataloader")
         )
         return count_training_steps(loader, self.training_parameters, self.world.dp_size)
@@ -510,7 +544,7 @@ class BaseTrainer(AbstractTrainer):
         self.prepare()
         apply_state(self, state_dict, strict)
         self._is_restored = self.is_resumed = True
-        self._rng_state = rng_state()
+        self.streams.lay_aside()
 
     def checked_state_dict(self) -> dict[str, Any]:
         """`state_dict`, if it may be saved as good.
@@ -526,7 +560,7 @@ class BaseTrainer(AbstractTrainer):
 
     def prepare(self) -> None:
         """Launch, seed, configure and set up, once. Everything that needs components calls it."""
-        if self._is_prepared:
+        if self.is_prepared:
             return
         callbacks = self.callbacks
         callbacks.pre_launch(self)
@@ -553,7 +587,7 @@ class BaseTrainer(AbstractTrainer):
         callbacks.pre_setup(self)
         self.setup()
         self._bind()
-        self._is_prepared = True
+        self.is_prepared = True
         callbacks.post_setup(self)
 
     @property
@@ -581,9 +615,15 @@ class BaseTrainer(AbstractTrainer):
         val = None if val is None else self._adopt(val, "val_dataloader")
         self.loop = FitLoop(self, train, val, self.window, self.clock)
 
+    def forget_setup(self) -> None:
+        """Let go of what `prepare` has bound to the models as they are wrapped."""
+        if self.is_prepared:
+            del self._optimizer_steps, self._backward
+            self.window = AccumulationWindow(1, 1, _on_its_own)
+
     def release(self) -> None:
         """Wait for the save under way, report it if it failed; end workers, let others in."""
-        if self._is_prepared:
+        if self.is_prepared:
             try:
                 self.checkpointer.report(wait=True)
                 self.loop.close()
@@ -610,14 +650,6 @@ class BaseTrainer(AbstractTrainer):
                 f"Write that method, or call {phase}(loader).",
             )
         return made
-
-    def _set_run_rng(self) -> None:
-        """The streams of the first step depend on the seed, or on the checkpoint, alone."""
-        if self._rng_state is not None:
-            set_rng_state(self._rng_state)
-            self._rng_state = None
-        elif not self.progress.num_batches:
-            seed_rank(self)
 
     def _say_end(self) -> None:
         reason = self.stop_reason or "done"

@@ -13,6 +13,7 @@ import torch
 
 from dream_trainer.coordination import Interrupted, Preempted, RankFailedError
 from dream_trainer.coordination.slurm import requeue_slurm_job
+from dream_trainer.trainer.run_streams import programs_own_streams
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
@@ -36,7 +37,12 @@ def running(trainer: BaseTrainer) -> Iterator[None]:
 
     Raises:
         RankFailedError: another rank failed, and this one could not go on without it.
+        RuntimeError: the trainer is closed.
     """
+    if trainer.is_closed:
+        raise RuntimeError(
+            "this trainer is closed. Make a new one: it continues from the last checkpoint."
+        )
     parameters, world, end = trainer.training_parameters, trainer.world, _End()
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(parameters.deterministic or was_deterministic)
@@ -44,6 +50,7 @@ def running(trainer: BaseTrainer) -> Iterator[None]:
     try:
         # Signals are requests to the very end: they must not kill a rank that the others need.
         with (
+            programs_own_streams(),
             trainer.interruption,
             _parting(trainer, end),
             _closing(trainer, end),
@@ -83,6 +90,8 @@ def _closing(trainer: BaseTrainer, end: _End) -> Iterator[None]:
             raise RankFailedError(first) from error
         raise
     finally:
+        if trainer.is_fitting:
+            trainer.streams.lay_aside()
         trainer.place.enter("end")
         _guarded(trainer.callbacks.close, trainer)
         _guarded(trainer.release)
@@ -111,6 +120,8 @@ def _parting(trainer: BaseTrainer, end: _End) -> Iterator[None]:
             if world.is_launched and world.size == 1:
                 world.close()
         _guarded(watch.leave)
+        if end.is_together:
+            _guarded(world.end_side_groups)
         if end.status == "success":
             watch.require_all()  # one failed at the end, or froze
 

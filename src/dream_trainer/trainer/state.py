@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dream_trainer.callbacks import MetricLogger
 from dream_trainer.errors import NonFiniteError, StateError
 from dream_trainer.progress import Progress
-from dream_trainer.randomness import derive, rng_state, seed_everything, set_rng_state
+from dream_trainer.randomness import derive, seed_everything, set_rng_state
 from dream_trainer.trainer.finiteness import first_nonfinite
 from dream_trainer.world.component_state import load_training_condition, training_condition
 from dream_trainer.world.gradient_sync import keep_reducing_gradients
@@ -62,7 +62,7 @@ def gather_state(trainer: BaseTrainer) -> dict[str, Any]:
         "dataloaders": {"train": trainer.loop.train_loader.state_dict()},
         "callbacks": trainer.callbacks.state_dict(),
         "precision": trainer.world.precision_state(),
-        "rng": {"rank": trainer.world.rank, **rng_state()},
+        "rng": {"rank": trainer.world.rank, **trainer.streams.state()},
     }
 
 

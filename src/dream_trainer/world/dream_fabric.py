@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from dream_trainer.storage import atomic_file
 from dream_trainer.world.component_state import unsharded_norm
+from dream_trainer.world.gloo_threads import let_threads_finish_at_exit
 from dream_trainer.world.gradient_sync import no_gradient_sync
 from dream_trainer.world.restarts import fresh_store
 from dream_trainer.world.wrapped_module import improved
@@ -47,7 +48,10 @@ class DreamFabric(Fabric):
     def launch(self, *args: Any, **kwargs: Any) -> Any:
         """Launch like Fabric; workers that torchrun started again find each other."""
         with fresh_store():
-            return super().launch(*args, **kwargs)
+            result = super().launch(*args, **kwargs)
+        if self.world_size > 1:
+            let_threads_finish_at_exit()
+        return result
 
     @_as_in_fabric
     def setup(self, module: nn.Module, *optimizers: Optimizer, **kwargs: Any) -> Any:

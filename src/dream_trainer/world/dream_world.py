@@ -40,11 +40,13 @@ from dream_trainer.storage import (
 from dream_trainer.world.component_state import gradients, unsharded_norm
 from dream_trainer.world.direct import backward_of
 from dream_trainer.world.dream_fabric import DreamFabric
+from dream_trainer.world.gloo_threads import let_threads_finish_at_exit
 from dream_trainer.world.gradient_norm import clip_to_norm
 from dream_trainer.world.gradient_sync import no_gradient_sync
 from dream_trainer.world.materialize import initialize as initialize_modules
 from dream_trainer.world.mesh_strategy import MeshStrategy, Parallelize
 from dream_trainer.world.module_setup import set_up
+from dream_trainer.world.process_groups import DEFAULT_GROUP, SideGroup
 from dream_trainer.world.processes import Children, run_on_ranks, spawns, starts_functions
 from dream_trainer.world.restarts import fresh_store
 from dream_trainer.world.strategy import fabric_arguments, refusal
@@ -78,7 +80,7 @@ class DreamWorld:
         *,
         fabric: Fabric | None = None,
     ) -> None:
-        had_group = fabric is not None or _has_group()
+        had_group = fabric is not None or DEFAULT_GROUP.exists()
         if fabric is None:
             asked = device_parameters or DeviceParameters()
             arguments = fabric_arguments(asked)
@@ -88,13 +90,13 @@ class DreamWorld:
                 raise refusal(asked, error) from error
         self._fabric = fabric
         # Under `fabric run` a Fabric joins the group when it is made.
-        self._opened_group = not had_group and _has_group()
+        if not had_group and DEFAULT_GROUP.exists():
+            DEFAULT_GROUP.use(self, is_opened=True)
         self._said_overrides = False
         self._children: Children | None = None
-        self._background_group: Any = None
-        self._host_group: Any = None
         parameters = device_parameters or DeviceParameters()
-        self._timeout = timedelta(seconds=parameters.timeout_seconds)
+        timeout = timedelta(seconds=parameters.timeout_seconds)
+        self._background_group, self._host_group = SideGroup(timeout), SideGroup(timeout)
 
     @classmethod
     def from_fabric(cls, fabric: Fabric) -> DreamWorld:
@@ -209,11 +211,14 @@ class DreamWorld:
                 "trainer.fit(), or world.start(function)."
             )
         if not self._fabric._launched:
-            had_group = _has_group()
+            had_group = DEFAULT_GROUP.exists()
             with fresh_store():
                 self._fabric.launch()
-            self._opened_group = not had_group and _has_group()
+            if DEFAULT_GROUP.exists():
+                DEFAULT_GROUP.use(self, is_opened=not had_group)
             self._children = Children(self.strategy)
+        if self.size > 1:
+            let_threads_finish_at_exit()
         overrides = [f"{name}={os.environ[name]}" for name in _OVERRIDES if name in os.environ]
         if overrides and not self._said_overrides:
             self._said_overrides = True
@@ -258,15 +263,19 @@ class DreamWorld:
             # Fabric counts this process as launched, which has no rank.
             self._fabric._launched = False
 
+    def end_side_groups(self) -> None:
+        """End the groups beside the default one. On every rank; they are made anew when needed."""
+        self._background_group.end()
+        self._host_group.end()
+
     def close(self) -> None:
-        """Leave the process group, if `launch` joined it.
+        """Leave the process group, if `launch` joined it; the last one to leave ends it.
 
         Let go of models first: torch ends a group with Python's lock held when a DDP module is
         the last to use it, and can then wait for ever.
         """
-        if self._opened_group and _has_group():
-            dist.destroy_process_group()
-        self._opened_group, self._background_group, self._host_group = False, None, None
+        self.end_side_groups()
+        DEFAULT_GROUP.leave(self)
 
     # ------------------------------------------------------------------ training
 
@@ -476,19 +485,17 @@ class DreamWorld:
         Collectives of two threads on one group would meet each other's. The first call makes it,
         a collective; on the CPU, where a writer's collectives take no turn on an accelerator.
         """
-        if self.size > 1 and self._background_group is None:
-            self._background_group = dist.new_group(backend="gloo", timeout=self._timeout)
-        return Ranks(self.rank, self.size, self._background_group)
+        group = self._background_group.open() if self.size > 1 else None
+        return Ranks(self.rank, self.size, group)
 
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` holds on any rank. One small collective."""
         if self.size == 1:
             return flag
-        if self._host_group is None and self.device.type != "cpu":
-            # On the accelerator's own group, the answer would wait for all work that is queued.
-            self._host_group = dist.new_group(backend="gloo", timeout=self._timeout)
+        # On an accelerator's own group, the answer would wait for all work that is queued.
+        group = None if self.device.type == "cpu" else self._host_group.open()
         tensor = torch.tensor(int(flag))
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._host_group)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
         return bool(tensor.item())
 
     # ------------------------------------------------------------------ state and files
@@ -566,12 +573,9 @@ def _on_rank(
     world: DreamWorld, function: Callable[..., Any], arguments: tuple[Any, ...], _: Fabric
 ) -> None:
     """What a started rank does. It returns nothing: Fabric's queue for it blocks when full."""
-    world._opened_group = _has_group()
+    if DEFAULT_GROUP.exists():
+        DEFAULT_GROUP.use(world, is_opened=True)
     function(*arguments)
-
-
-def _has_group() -> bool:
-    return dist.is_available() and dist.is_initialized()
 
 
 __all__ = ["DreamWorld"]
