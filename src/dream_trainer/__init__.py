@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     )
     from dream_trainer.data import ResumableLoader
     from dream_trainer.dropin import ResumableRun
+    from dream_trainer.lightning_modules import (
+        LightningModuleTrainer,
+        LightningModuleTrainerConfig,
+    )
     from dream_trainer.planning import RunPlan, plan_run
     from dream_trainer.trainer import (
         AbstractTrainer,
@@ -62,6 +66,7 @@ _HOMES = {
     ),
     "data": ("ResumableLoader",),
     "dropin": ("ResumableRun",),
+    "lightning_modules": ("LightningModuleTrainer", "LightningModuleTrainerConfig"),
     "planning": ("RunPlan", "plan_run"),
     "trainer": (
         "AbstractTrainer",
@@ -94,6 +99,8 @@ __all__ = [
     "DreamWorld",
     "Duration",
     "LearningRateMonitor",
+    "LightningModuleTrainer",
+    "LightningModuleTrainerConfig",
     "Link",
     "MeshStrategy",
     "MetricLogger",

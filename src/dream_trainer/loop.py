@@ -58,7 +58,7 @@ class FitLoop:
         self._step_limit = self._steps_of_epoch()
         # What every batch needs, looked up once.
         self._place, self._interruption = trainer.place, trainer.interruption
-        self._moves_batches = trainer.world.moves_batches
+        self._moves_batches = trainer.moves_batches
         self._is_parallel = trainer.world.is_parallel
         if val_loader is not None:  # a fraction of an unknown length is known now, not in an hour
             trainer.training_parameters.val_batch_limit(val_loader.num_batches)
@@ -148,7 +148,7 @@ class FitLoop:
             self._place.enter("loader")
             for batch in batches:
                 if self._moves_batches:
-                    batch = self.trainer.world.to_device(batch)
+                    batch = self.trainer.batch_to_device(batch)
                 is_window_end = self.train_step(batch)
                 if is_window_end:
                     self.finish_step()
@@ -294,7 +294,7 @@ class FitLoop:
         with self._evaluating(phase), closing(iter(loader)) as batches:
             values = trainer.logged
             for batch_idx, batch in enumerate(itertools.islice(batches, limit)):
-                batch = trainer.world.to_device(batch)
+                batch = trainer.batch_to_device(batch)
                 # What a filler measures and logs would count a sample twice.
                 is_filler = loader.num_samples == 0
                 trainer.metrics.enter("filler" if is_filler else phase)
@@ -329,7 +329,7 @@ class FitLoop:
         loader.rewind()
         with self._evaluating("predict"), closing(iter(loader)) as batches:
             for batch_idx, batch in enumerate(batches):
-                result = trainer.predict_step(trainer.world.to_device(batch), batch_idx)
+                result = trainer.predict_step(trainer.batch_to_device(batch), batch_idx)
                 if loader.num_samples != 0:
                     results.append(result)
                 self.check()

@@ -228,7 +228,9 @@ def test_arguments_that_do_not_fit_are_all_named_before_anything_is_read(tmp_pat
     with pytest.raises(ConfigError) as caught:
         export_checkpoint("/gone", tmp_path / "a.safetensors", model="net", whole_state=True)
     assert [problem.split(":")[0] for problem in caught.value.problems] == ["whole_state"] * 2
-    with pytest.raises(ConfigError, match=r"ends in '\.onnx', not in \.safetensors, \.pt or \.pth"):
+    with pytest.raises(
+        ConfigError, match=r"ends in '\.onnx', not in \.safetensors, \.pt, \.pth or \.ckpt"
+    ):
         export_checkpoint("/gone", tmp_path / "a.onnx")
     with pytest.raises(CheckpointError, match="there is no such directory"):
         export_checkpoint("/gone", tmp_path / "a.pt")

@@ -58,6 +58,8 @@ MADE_OF_IT = (
     "Checkpointer",
     "DreamFabric",
     "DreamWorld",
+    "LightningModuleTrainer",
+    "LightningModuleTrainerConfig",
     "MeshStrategy",
     "ResumableRun",
     "RunPlan",

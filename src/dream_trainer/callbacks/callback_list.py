@@ -54,6 +54,10 @@ class CallbackList(Callback):
         # Dispatchers do not pickle, and ranks that are spawned make their own.
         return type(self), (self._callbacks, self._foreign)
 
+    def preceded_by(self, name: str, callback: Callback) -> CallbackList:
+        """The same callbacks, after another one."""
+        return type(self)({name: callback, **self._callbacks}, self._foreign)
+
     def __getitem__(self, name: str) -> Callback:
         return self._callbacks[name]
 

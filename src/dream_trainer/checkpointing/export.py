@@ -19,6 +19,7 @@ from dream_trainer.errors import CheckpointError, ConfigError
 from dream_trainer.storage import Manifest, atomic_file, read_outline, read_parts, read_tree
 
 _TORCH = (".pt", ".pth")
+_LIGHTNING = ".ckpt"
 _SAFETENSORS = ".safetensors"
 
 StateDicts = dict[str, dict[str, Any]]
@@ -41,11 +42,12 @@ def export_checkpoint(
     With one model the file is its state dict: ``net.load_state_dict(torch.load(file))`` loads a
     ``.pt``, and the same with ``safetensors.torch.load_file`` a ``.safetensors``. With several,
     a ``.pt`` is a mapping from model to state dict, and a ``.safetensors`` has names that begin
-    with the model's.
+    with the model's. A ``.ckpt`` is for ``MyModule.load_from_checkpoint(file)`` of a
+    LightningModule: its weights, and its hyperparameters if it was trained here.
 
     Args:
         checkpoint: a checkpoint's directory, or that of a run, for its newest whole one.
-        file: ends in ``.safetensors``, ``.pt`` or ``.pth``.
+        file: ends in ``.safetensors``, ``.pt``, ``.pth`` or ``.ckpt``.
         model: the one model to export, if there are several.
         whole_state: export everything a run resumes from, as nested plain data and tensors;
             what differs between ranks is rank 0's. ``.pt`` and ``.pth`` only.
@@ -70,6 +72,8 @@ def export_checkpoint(
     else:
         found = _read_models(stored, model)
         (content,) = found.values() if len(found) == 1 else (found,)
+        if target.suffix == _LIGHTNING:
+            content = _as_lightning_has_it(content, stored)
     try:
         with atomic_file(target) as beside:
             if target.suffix == _SAFETENSORS:
@@ -85,8 +89,10 @@ def export_checkpoint(
 
 def _check_arguments(target: Path, model: str | None, whole_state: bool, overwrite: bool) -> None:
     problems = []
-    if target.suffix not in (_SAFETENSORS, *_TORCH):
-        problems.append(f"ends in {target.suffix!r}, not in .safetensors, .pt or .pth")
+    if target.suffix not in (_SAFETENSORS, _LIGHTNING, *_TORCH):
+        problems.append(f"ends in {target.suffix!r}, not in .safetensors, .pt, .pth or .ckpt")
+    if whole_state and target.suffix == _LIGHTNING:
+        problems.append("whole_state: Lightning resumes from its own checkpoints; choose .pt")
     if whole_state and target.suffix == _SAFETENSORS:
         problems.append("whole_state: a .safetensors file holds tensors alone; choose .pt")
     if whole_state and model is not None:
@@ -117,6 +123,21 @@ def _read_models(stored: StoredCheckpoint, model: str | None) -> StateDicts:
     chosen = places if model is None else {model: places[model]}
     parts = read_parts(stored.path, {p for own in chosen.values() for p in own.values()})
     return {name: {key: parts[place] for key, place in own.items()} for name, own in chosen.items()}
+
+
+def _as_lightning_has_it(state: Mapping[str, Any], stored: StoredCheckpoint) -> dict[str, Any]:
+    outline = read_outline(stored.path)
+    own = outline["callbacks"].get("lightning_module", {}) if "callbacks" in outline else {}
+    manifest = stored.manifest
+    return {
+        "state_dict": dict(state),
+        "epoch": manifest.epoch,
+        "global_step": manifest.step,
+        # Its loader asks from which version on it must bring a checkpoint up to date.
+        "pytorch-lightning_version": manifest.versions.get("lightning", "2.6.4"),
+        "hyper_parameters": dict(own.get("hyper_parameters", {})),
+        "hparams_name": own.get("hparams_name"),
+    }
 
 
 def _save_safetensors(beside: Path, target: Path, models: StateDicts, manifest: Manifest) -> None:

@@ -17,7 +17,7 @@ def add_export_command(
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a run for its newest whole one"
     )
-    parser.add_argument("file", metavar="FILE", help="ends in .safetensors, .pt or .pth")
+    parser.add_argument("file", metavar="FILE", help="ends in .safetensors, .pt, .pth or .ckpt")
     parser.add_argument("--model", help="the one model to export, if there are several")
     parser.add_argument(
         "--whole_state", action="store_true", help="everything a run resumes from; .pt only"

@@ -447,7 +447,18 @@ class BaseTrainer(AbstractTrainer):
         loaded = self.checkpointer.load(path, self.components.template())
         self.load_state_dict(OwnState(loaded.state), strict)
 
+    def batch_to_device(self, batch: Any) -> Any:
+        """Move a batch of any loader; override it for what does not move by itself."""
+        return self.world.to_device(batch)
+
     # ------------------------------------------------------------------ what callbacks read
+
+    @property
+    def moves_batches(self) -> bool:
+        """Whether `batch_to_device` has anything to do; every training batch asks."""
+        return self.world.moves_batches or (
+            type(self).batch_to_device is not BaseTrainer.batch_to_device
+        )
 
     @property
     def training_parameters(self) -> TrainingParameters:
@@ -472,7 +483,7 @@ class BaseTrainer(AbstractTrainer):
     @property
     def num_train_batches(self) -> int | None:
         """Batches of a training epoch on this rank; None if the loader cannot tell."""
-        return self.loop.train_loader.num_batches
+        return self._adopted_train_loader().num_batches
 
     @property
     def num_training_steps(self) -> int:
@@ -481,12 +492,7 @@ class BaseTrainer(AbstractTrainer):
         Raises:
             ConfigError: neither ``max_steps`` nor ``n_epochs`` and a loader of known length say.
         """
-        # During setup there is no loop yet; later its loader must not be attached anew.
-        loader = (
-            self.loop.train_loader
-            if self.is_prepared
-            else self._adopt(self.train_dataloader, "train_dataloader")
-        )
+        loader = self._adopted_train_loader()
         return count_training_steps(loader, self.training_parameters, self.world.dp_size)
 
     @property
@@ -640,6 +646,11 @@ class BaseTrainer(AbstractTrainer):
     def _adopt(self, loader: Any, name: str) -> ResumableLoader:
         parameters = self.training_parameters
         return adopt_loader(loader, name, self.world, self.seed, parameters, self._loaders)
+
+    def _adopted_train_loader(self) -> ResumableLoader:
+        if self.is_prepared:
+            return self.loop.train_loader
+        return self._adopt(self.train_dataloader, "train_dataloader")  # setup has no loop yet
 
     def _loader_of(self, given: Iterable[Any] | None, phase: Literal["test", "predict"]) -> Any:
         made = getattr(self, f"{phase}_dataloader")() if given is None else given

@@ -355,6 +355,14 @@ class DreamWorld:
             return batch
         return self._fabric.to_device(batch)  # type: ignore[no-any-return]
 
+    def precision_context(self) -> AbstractContextManager[Any]:
+        """What the precision puts around a forward pass, autocast for one."""
+        return self.strategy.precision.forward_context()
+
+    def to_precision(self, batch: T) -> T:
+        """Floating-point tensors of a batch, as the precision feeds them to a forward pass."""
+        return self.strategy.precision.convert_input(batch)  # type: ignore[no-any-return]
+
     def backward(self, loss: Tensor) -> None:
         """Backward pass through the precision plugin (loss scaling)."""
         self._fabric.backward(loss)

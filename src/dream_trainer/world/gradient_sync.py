@@ -48,6 +48,35 @@ def _candidates(module: nn.Module) -> Iterable[nn.Module]:
     return [outer] if isinstance(outer, DistributedDataParallel) else outer.modules()
 
 
+class ManualBackward:
+    """Lets a forward pass hold backward passes of its own, and DDP reduce each of them.
+
+    DDP gets ready to reduce when its ``forward`` is over, which is too late for these: the first
+    ones would leave every rank its own gradients.
+
+    Args:
+        module: as Fabric wrapped it; one whose strategy is DDP, or has nothing to reduce.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        inner = forward_module(module)
+        self._ddp = inner if isinstance(inner, DistributedDataParallel) else None
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Around the pass, which calls the module itself and not its wrappers."""
+        if self._ddp is not None:
+            self._ddp._pre_forward()  # buffers of rank 0, buckets in their final order
+        yield
+
+    def prepare(self, loss: Tensor) -> None:
+        """Before each backward pass inside."""
+        ddp = self._ddp
+        if ddp is not None and ddp.require_backward_grad_sync:
+            # What the loss reaches is what will come; other gradients are not waited for.
+            ddp.reducer.prepare_for_backward([loss] if ddp.find_unused_parameters else [])
+
+
 def fix_bucket_order(module: nn.Module) -> None:
     """Give every DDP module its final gradient buckets before the first step. A collective.
 
