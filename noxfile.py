@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent
 CONSTRAINTS = ROOT / "constraints.txt"
 DEV = ROOT / ".nox" / "dev"
 PEERS = ROOT / ".nox" / "bench"
+INTEROP = ROOT / ".nox" / "interop"
 
 nox.options.default_venv_backend = "venv"
 nox.options.sessions = ["lint", "types", "tests", "docs", "build"]
@@ -67,23 +68,43 @@ def ray(session: nox.Session) -> None:
     run_in_dev(session, *command, *session.posargs, OMP_NUM_THREADS="1")
 
 
+def peers(session: nox.Session, folder: Path, *packages: str) -> Path:
+    """The Python of an environment with packages on top of the shared one, which stays as it is."""
+    run_in_dev(session, "python", "-c", "pass")  # what it adds to comes first
+    stamp, wanted = folder / "installed.txt", f"{sys.version} {folder} {packages}"
+    if not stamp.exists() or stamp.read_text() != wanted:
+        session.run(sys.executable, "-m", "venv", "--clear", str(folder), external=True)
+        (dev,) = (DEV / "lib").glob("python*/site-packages")
+        (own,) = (folder / "lib").glob("python*/site-packages")
+        (own / "dev.pth").write_text(f"import site; site.addsitedir({str(dev)!r})\n")
+        pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "-q", "-c", str(CONSTRAINTS)]
+        session.run(*pip, *packages, external=True)
+        stamp.write_text(wanted)
+    return folder / "bin" / "python"
+
+
 @nox.session(venv_backend="none")
 def bench(session: nox.Session) -> None:
     """Run the benchmarks, or those named after `--`, against other tools (an hour in all)."""
-    run_in_dev(session, "python", "-c", "pass")  # what it adds to comes first
-    if not (PEERS / "bin" / "accelerate").exists():
-        session.run(sys.executable, "-m", "venv", "--clear", str(PEERS), external=True)
-        # The other tools come on top of the shared environment, which stays as it is.
-        (dev,) = (DEV / "lib").glob("python*/site-packages")
-        (peers,) = (PEERS / "lib").glob("python*/site-packages")
-        (peers / "dev.pth").write_text(f"import site; site.addsitedir({str(dev)!r})\n")
-        pip = [str(PEERS / "bin" / "python"), "-m", "pip", "install", "-q", "-c", str(CONSTRAINTS)]
-        session.run(*pip, "accelerate", "pytorch-ignite", external=True)
+    python = str(peers(session, PEERS, "accelerate", "pytorch-ignite"))
     found = sorted((ROOT / "tests" / "benchmarks").glob("bench_*.py"))
     wanted = [p for p in found if not session.posargs or p.stem[6:] in session.posargs]
     for path in [*wanted, ROOT / "tests" / "benchmarks" / "publish.py"]:
-        python = str(PEERS / "bin" / "python")
         session.run(python, str(path), env={"OMP_NUM_THREADS": "1"}, external=True)
+
+
+@nox.session(venv_backend="none")
+def interop(session: nox.Session) -> None:
+    """Run what needs other libraries: loggers, loaders, a search, adapters, two examples."""
+    libraries = "datasets gymnasium mlflow-skinny optuna peft torchdata transformers wandb".split()
+    python = str(peers(session, INTEROP, *libraries))
+    places = [
+        "tests/interop",
+        "tests/examples/test_ppo.py",
+        "tests/examples/test_hf_transformers.py",
+    ]
+    command = [python, "-m", "pytest", "-n", "auto", "--dist", "worksteal", *places]
+    session.run(*command, *session.posargs, env={"OMP_NUM_THREADS": "1"}, external=True)
 
 
 @nox.session(venv_backend="none")

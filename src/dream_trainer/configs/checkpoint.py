@@ -44,6 +44,9 @@ class CheckpointParameters:
     """Keep for good every checkpoint at a multiple of n steps."""
     async_save: bool = True
     """Let training go on while a checkpoint is written. Costs CPU memory for one more state."""
+    save_frozen: bool = True
+    """Whether checkpoints hold the weights that never train. If not, the program must bring the
+    same ones at every start, the base model under LoRA adapters; their checksums are compared."""
     resume: str = "auto"
     """``"auto"`` continues the newest whole checkpoint of this run if there is one,
     ``"never"`` starts a fresh run directory, ``"must"`` fails without one, a path takes that."""

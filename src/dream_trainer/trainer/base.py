@@ -36,6 +36,7 @@ from dream_trainer.storage.run_lock import RunLock
 from dream_trainer.trainer.abstract import AbstractTrainer, AbstractTrainerConfig
 from dream_trainer.trainer.closing import close
 from dream_trainer.trainer.components import Components, find_module
+from dream_trainer.trainer.frozen_weights import FrozenWeights
 from dream_trainer.trainer.loaders import adopt_loader, count_training_steps
 from dream_trainer.trainer.metric_phases import MetricPhases
 from dream_trainer.trainer.optimizer_steps import OptimizerSteps
@@ -607,6 +608,7 @@ class BaseTrainer(AbstractTrainer):
         self.components = Components.of(
             self.named_models(), self.named_optimizers(), self.named_schedulers()
         )
+        self.frozen_weights = FrozenWeights(self.components)
         self._optimizer_steps = OptimizerSteps(self)
         self._backward = self.world.backward_function()
         self.lock = RunLock(self.run_directory)

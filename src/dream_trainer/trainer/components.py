@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -69,8 +70,17 @@ class Components:
             "schedulers": {name: one.state_dict() for name, one in self.schedulers.items()},
         }
 
-    def problems(self, state: Mapping[str, Any]) -> list[str]:
-        """What of a state does not fit, one sentence each, with its path."""
+    def problems(
+        self,
+        state: Mapping[str, Any],
+        left_out: Mapping[str, Collection[str]] = MappingProxyType({}),
+    ) -> list[str]:
+        """What of a state does not fit, one sentence each, with its path.
+
+        Args:
+            state: by component name, then by parameter name.
+            left_out: model -> parameters that may be missing in it.
+        """
         names = parameter_names(self.models)
         problems = []
         for kind, own in self._kinds().items():
@@ -83,7 +93,7 @@ class Components:
             for name in (name for name in own if name in saved):
                 found: list[str] = []
                 if kind == "models":
-                    found = module_problems(own[name], saved[name])
+                    found = module_problems(own[name], saved[name], left_out.get(name, ()))
                 elif kind == "optimizers":
                     found = optimizer_problems(own[name], saved[name], names, self.models)
                 problems += [f"{kind}.{name}.{problem}" for problem in found]

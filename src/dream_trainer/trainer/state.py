@@ -12,6 +12,7 @@ from dream_trainer.errors import NonFiniteError, StateError
 from dream_trainer.progress import Progress
 from dream_trainer.randomness import derive, seed_everything, set_rng_state
 from dream_trainer.trainer.finiteness import first_nonfinite
+from dream_trainer.trainer.frozen_weights import Checksums, without
 from dream_trainer.world.component_state import load_training_condition, training_condition
 from dream_trainer.world.gradient_sync import keep_reducing_gradients
 from dream_trainer.world.window_gradients import load_window_gradients, window_gradients
@@ -44,6 +45,11 @@ def gather_state(trainer: BaseTrainer) -> dict[str, Any]:
             callback.collect(trainer)
     models = trainer.components.models
     is_in_window = trainer.progress.num_batches_in_window > 0
+    components = trainer.components.state_dict()
+    left_out: Checksums = {}
+    if not trainer.checkpoint_parameters.save_frozen:
+        left_out = trainer.frozen_weights.checksums()
+        components["models"] = without(components["models"], left_out)
     return {
         "trainer": {
             "progress": trainer.progress.state_dict(),
@@ -54,11 +60,12 @@ def gather_state(trainer: BaseTrainer) -> dict[str, Any]:
             "validation_results": dict(trainer.validation_results),
             "metrics": trainer.metrics.state_dict(),
             "logged": trainer.logged.state_dict(),
+            "left_out": left_out,
             **training_condition(
                 models, has_ranks=trainer.world.size > 1, sharded_only=is_in_window
             ),
         },
-        **trainer.components.state_dict(),
+        **components,
         "dataloaders": {"train": trainer.loop.train_loader.state_dict()},
         "callbacks": trainer.callbacks.state_dict(),
         "precision": trainer.world.precision_state(),
@@ -71,7 +78,9 @@ def apply_state(trainer: BaseTrainer, state: Mapping[str, Any], strict: bool) ->
     is_same_rank, copies = _is_same_rank(trainer, state), not isinstance(state, OwnState)
     if not is_same_rank:
         state = _before_window(state)
-    problems = trainer.components.problems(state)
+    left_out = state.get("trainer", {}).get("left_out", {})
+    problems = trainer.components.problems(state, left_out)
+    problems += trainer.frozen_weights.problems(left_out)
     problems += [f"{part}: missing in the state" for part in _PARTS if part not in state]
     problems += [f"{part}: in the state only" for part in state if part not in _KNOWN]
     if problems and strict:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -63,10 +63,22 @@ def load_rank_buffers(
         load_module_state(models[model_name], state[model_name])
 
 
-def module_problems(module: nn.Module, state: Mapping[str, Any]) -> list[str]:
-    """What of a state does not fit a module, one sentence each."""
+def module_problems(
+    module: nn.Module, state: Mapping[str, Any], left_out: Collection[str] = ()
+) -> list[str]:
+    """What of a state does not fit a module, one sentence each.
+
+    Args:
+        module: to load into.
+        state: parameters and buffers by name.
+        left_out: names that may be missing in it.
+    """
     own = module_state(module)
-    problems = [f"{name}: missing in the state" for name in own if name not in state]
+    problems = [
+        f"{name}: missing in the state"
+        for name in own
+        if name not in state and name not in left_out
+    ]
     problems += [f"{name}: in the state, not in the model" for name in state if name not in own]
     for name in (name for name in own if name in state):
         if not _fits(state[name], own[name]):
