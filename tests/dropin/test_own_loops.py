@@ -469,6 +469,24 @@ def test_a_script_runs_under_fabric_run(tmp_path: Path) -> None:
     assert ("done at step 12, epoch 3" in second, "loss" in second) == (True, False)
 
 
+def test_the_loggers_of_the_fabric_get_the_rows(tmp_path: Path) -> None:
+    class Recorder:
+        def __init__(self) -> None:
+            self.rows: list[tuple[int, dict[str, float]]] = []
+
+        def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+            self.rows.append((step, metrics))
+
+    recorder = Recorder()
+    fabric = Fabric(accelerator="cpu", devices=1, loggers=[recorder])
+    fabric.launch()
+    run = ResumableRun(fabric, tmp_path / "run")
+    for number in run.batches([1, 2, 3]):
+        run.log({"number": number})
+    expected = [(step, {"number": float(step), "epoch": 0}) for step in (1, 2, 3)]
+    assert recorder.rows == expected
+
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_loop.py"
 
 

@@ -117,3 +117,24 @@ def test_the_loss_scale_is_part_of_the_state_and_resumes_exactly(tmp_path: Path)
     resumed = scaled(experiment="cut", max_steps=9)
     assert resumed.is_resumed
     assert differences(exact_state(straight), exact_state(resumed)) == []
+
+
+def test_loggers_of_the_fabric_get_every_row_and_outlive_the_run(tmp_path: Path) -> None:
+    class Recorder:
+        def __init__(self) -> None:
+            self.steps: list[int] = []
+            self.is_final = False
+
+        def log_metrics(self, metrics: Any, step: int) -> None:
+            self.steps += [step] if "train/loss" in metrics else []
+
+        def finalize(self, status: str) -> None:
+            self.is_final = True
+
+    recorder = Recorder()
+    fabric = Fabric(accelerator="cpu", devices=1, loggers=[recorder])  # type: ignore[list-item]
+    trainer = TinyTrainer(tiny_config(tmp_path, enable=False), fabric=fabric)
+    trainer.fit()
+    assert recorder.steps == list(range(1, 13))
+    assert not recorder.is_final
+    assert list(trainer.loggers) == ["fabric_0"]

@@ -28,6 +28,7 @@ from dream_trainer.data import ResumableLoader
 from dream_trainer.dropin.objects import NamedObjects
 from dream_trainer.dropin.reading import Reading, reading_of
 from dream_trainer.errors import CheckpointError, ConfigError, StateError
+from dream_trainer.loggers import purge_after
 from dream_trainer.metrics import LoggedValues, Value
 from dream_trainer.randomness import rng_state, set_rng_state
 from dream_trainer.storage.run_lock import RunLock
@@ -154,8 +155,8 @@ class ResumableRun:
     def log(self, values: Mapping[str, Value]) -> None:
         """Log values of the batch under way: a row of ``metrics.jsonl``, averaged over ranks.
 
-        Tensors are not waited for; rows are moved and written every 50 batches. What some ranks
-        alone log is averaged over those.
+        The loggers of the Fabric get it, too. Tensors are not waited for; rows are moved and
+        written every 50 batches. What some ranks alone log is averaged over those.
         """
         self._logged.add(values)
 
@@ -205,6 +206,8 @@ class ResumableRun:
         self._rows.open(
             self.directory / "metrics.jsonl" if writes else None, goes_on=loaded is not None
         )
+        for logger in world.loggers if writes and loaded is not None else ():
+            purge_after(logger, self.step)
 
     def _acquire(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -358,7 +361,7 @@ class ResumableRun:
             self._rows.add(self.step, self.epoch, values)
 
     def _flush(self) -> None:
-        self._rows.flush(self._world)
+        self._rows.flush(self._world, self._world.loggers)
 
     @contextmanager
     def _ended(self) -> Iterator[None]:

@@ -117,7 +117,8 @@ class BaseTrainer(AbstractTrainer):
 
     Attributes:
         callbacks: all callbacks, by name.
-        loggers: loggers beside the JSONL log, by name.
+        loggers: loggers beside the JSONL log, by name; those of the Fabric are ``fabric_0`` and
+            so on.
         metrics: torchmetrics by phase.
         place: what this rank is doing, for messages of failures.
         interruption: where requests to stop come together.
@@ -161,6 +162,8 @@ class BaseTrainer(AbstractTrainer):
         self.loggers: dict[str, Logger] = {
             name: one for name, one in config.loggers.items() if one is not None
         }
+        for index, one in enumerate(self.world.loggers):
+            self.loggers.setdefault(f"fabric_{index}", one)
         self.metrics = MetricPhases(self)
         self.logged = LoggedValues()
         self.is_running = self.is_fitting = self.is_resumed = False

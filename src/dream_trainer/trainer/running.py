@@ -66,7 +66,7 @@ def running(trainer: BaseTrainer) -> Iterator[None]:
 @contextmanager
 def _closing(trainer: BaseTrainer, end: _End) -> Iterator[None]:
     """Tell the callbacks and the other ranks how the block ended; close what is open."""
-    watch = trainer.watch
+    watch, world = trainer.watch, trainer.world
     try:
         yield
         end.status, end.is_together = "success", True
@@ -95,8 +95,9 @@ def _closing(trainer: BaseTrainer, end: _End) -> Iterator[None]:
         trainer.place.enter("end")
         _guarded(trainer.callbacks.close, trainer)
         _guarded(trainer.release)
-        if trainer.is_fitting and trainer.world.is_global_zero:
-            for logger in trainer.loggers.values():
+        if trainer.is_fitting and world.is_global_zero:
+            own = [id(one) for one in world.loggers]  # the Fabric's outlive the run
+            for logger in (one for one in trainer.loggers.values() if id(one) not in own):
                 _guarded(partial(logger.finalize, end.status))
         trainer.is_running = trainer.is_fitting = False
 

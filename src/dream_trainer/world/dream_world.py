@@ -197,6 +197,11 @@ class DreamWorld:
         return list(self._fabric._callbacks)
 
     @property
+    def loggers(self) -> list[Any]:
+        """Loggers registered on the Fabric."""
+        return list(self._fabric.loggers)
+
+    @property
     def is_launched(self) -> bool:
         """Whether the processes of the run exist and know each other."""
         return bool(self._fabric._launched) or not isinstance(self.strategy, ParallelStrategy)
