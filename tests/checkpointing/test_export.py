@@ -287,3 +287,39 @@ def test_help_names_the_command_without_loading_torch(tmp_path: Path) -> None:
             env=environment,
         )
         assert "write the weights of a checkpoint to one file" in done.stdout
+
+
+WITHOUT_US = """
+import sys
+import torch
+from lightning.fabric import Fabric
+
+fabric = Fabric(accelerator="cpu", devices=1)
+net = fabric.setup(torch.nn.Sequential(
+    torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Dropout(0), torch.nn.Linear(8, 1)
+))
+net.load_state_dict(fabric.load("net.pt"))  # strict
+fabric.load_raw("net.pt", net)
+state = fabric.load("state.pt")
+assert state["trainer"]["progress"]["num_steps"] == 12
+for name, value in net.state_dict().items():
+    assert torch.equal(value, state["models"]["net"][name]), name
+assert not any(name.startswith("dream_trainer") for name in sys.modules)
+print("read")
+"""
+
+
+def test_a_script_without_this_package_reads_it_with_fabric_load(tmp_path: Path) -> None:
+    trainer = tiny(tmp_path)
+    trainer.fit()
+    export_checkpoint(trainer.run_directory, tmp_path / "net.pt")
+    export_checkpoint(trainer.run_directory, tmp_path / "state.pt", whole_state=True)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_US],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "read\n"), done.stderr
