@@ -50,7 +50,7 @@ def update_dev(session: nox.Session, env: dict[str, str]) -> None:
 @nox.session(venv_backend="none")
 def demo(session: nox.Session) -> None:
     """Train the digits example; arguments after `--` go to it."""
-    run_in_dev(session, "python", "examples/digits.py", "fit", *session.posargs)
+    run_in_dev(session, "python", "examples/digits/train.py", "fit", *session.posargs)
 
 
 @nox.session(venv_backend="none")

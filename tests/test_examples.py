@@ -45,16 +45,16 @@ def test_digits_passes_97_percent_and_a_killed_run_ends_with_the_same_weights(
     tmp_path: Path,
 ) -> None:
     short = ("--training_parameters.n_epochs", "5")
-    straight = run(tmp_path, "digits.py", "--experiment", "a", *short)
+    straight = run(tmp_path, "digits/train.py", "--experiment", "a", *short)
 
-    killed = start(tmp_path, "digits.py", "--experiment", "b", "--num_workers", "2", *short)
+    killed = start(tmp_path, "digits/train.py", "--experiment", "b", "--num_workers", "2", *short)
     assert killed.stdout is not None
     for line in killed.stdout:
         if line.startswith("epoch 2/"):
             killed.send_signal(signal.SIGKILL)
             break
     killed.communicate(timeout=60)
-    resumed = run(tmp_path, "digits.py", "--experiment", "b", *short)
+    resumed = run(tmp_path, "digits/train.py", "--experiment", "b", *short)
 
     assert "new run" in straight
     assert "resuming" in resumed
@@ -73,7 +73,7 @@ def test_digits_passes_97_percent_and_a_killed_run_ends_with_the_same_weights(
 def test_digits_trains_on_two_cpu_ranks(tmp_path: Path) -> None:
     output = run(
         tmp_path,
-        "digits.py",
+        "digits/train.py",
         *("--experiment", "two", "--device_parameters.devices", "2"),
         *("--device_parameters.accelerator", "cpu", "--training_parameters.n_epochs", "2"),
     )
@@ -87,7 +87,7 @@ def test_digits_trains_on_two_cpu_ranks(tmp_path: Path) -> None:
 def test_char_gpt_counts_in_steps_and_prints_a_sample(tmp_path: Path) -> None:
     output = run(
         tmp_path,
-        "char_gpt.py",
+        "char_gpt/train.py",
         *("--training_parameters.max_steps", "6", "--training_parameters.val_every_n_steps", "3"),
         *("--n_layers", "1", "--width", "32", "--context", "32", "--sample_length", "40"),
     )

@@ -297,6 +297,44 @@ def test_everything_that_is_not_supported_is_named_at_once(tmp_path: Path) -> No
     assert not (tmp_path / "default").exists()
 
 
+def test_methods_that_are_no_hooks_may_be_overridden(tmp_path: Path) -> None:
+    class Freezing(Plain):
+        def train(self, mode: bool = True) -> Any:
+            super().train(mode)
+            self.net[0].eval()
+            return self
+
+        def print(self, *args: Any, **kwargs: Any) -> None: ...
+
+        @classmethod
+        def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any: ...
+
+    assert trained(tmp_path, Freezing).global_step == 18
+
+
+def test_what_the_configuration_cannot_do_to_a_module_is_named(tmp_path: Path) -> None:
+    class OddData(Data):
+        def load_from_checkpoint(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    devices = {"compile_model": True, "checkpoint_activations": True}
+    with pytest.raises(ConfigError) as caught:
+        LightningModuleTrainer(config(tmp_path, devices=devices), Plain(), OddData())
+    assert [problem.split(":")[0] for problem in caught.value.problems] == [
+        "device_parameters.compile_model",
+        "device_parameters.checkpoint_activations",
+    ]
+
+
+@pytest.mark.distributed
+def test_a_notebook_gets_the_module_back_from_its_ranks(tmp_path: Path) -> None:
+    devices = {"strategy": "ddp_fork", "devices": 2}
+    trainer = LightningModuleTrainer(config(tmp_path, devices=devices), OfTwo())
+    trainer.fit()
+    assert trainer.global_step == 18
+    whole = trained(tmp_path, Plain, name="one").callback_metrics()["val_loss"].item()
+    assert trainer.callback_metrics()["val_loss"].item() == pytest.approx(whole, rel=1e-4)
+
+
 def sgd(module: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(module.parameters(), lr=0.1)
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
-
+from dream_trainer.configs import DeviceParameters
 from dream_trainer.errors import ConfigError
 
 #: Methods that may be overridden: everything is called that is named here.
@@ -29,7 +28,25 @@ SUPPORTED = frozenset(
     on_predict_start on_predict_end on_predict_epoch_start on_predict_epoch_end
     on_predict_batch_start on_predict_batch_end
     on_save_checkpoint on_load_checkpoint
-    state_dict load_state_dict get_extra_state set_extra_state
+    """.split()
+)
+#: What a data module may have of its own.
+SUPPORTED_DATA = frozenset(
+    """
+    prepare_data setup teardown on_exception state_dict load_state_dict
+    train_dataloader val_dataloader test_dataloader predict_dataloader
+    on_before_batch_transfer transfer_batch_to_device on_after_batch_transfer
+    """.split()
+)
+#: Lightning's classes whose methods are hooks; other methods may be overridden as one likes.
+_HOLD_HOOKS = frozenset(
+    "LightningModule LightningDataModule ModelHooks DataHooks CheckpointHooks".split()
+)
+#: Methods of those that the run does not call.
+_TOOLS = frozenset(
+    """
+    load_from_checkpoint save_hyperparameters to_onnx to_torchscript to_tensorrt freeze unfreeze
+    print from_datasets
     """.split()
 )
 _INSTEAD = {
@@ -52,18 +69,29 @@ def base_of(cls: type, name: str) -> type | None:
 
 
 def overridden(module: object, base: type) -> list[str]:
-    """Methods of ``base`` that the module's class, or the module itself, has its own of."""
-    return [
+    """Hooks of ``base`` that the module's class, or the module itself, has its own of."""
+    hooks = {
+        name: member
+        for owner in base.__mro__
+        if owner.__name__ in _HOLD_HOOKS
+        for name, member in vars(owner).items()
+        if name[0] != "_" and callable(member) and name not in _TOOLS
+    }
+    return sorted(
         name
-        for name in dir(base)
-        if name[0] != "_"
-        and callable(member := inspect.getattr_static(base, name))
-        and inspect.getattr_static(module, name, member) is not member
-        and not _is_of_torch(type(module), name)
-    ]
+        for name in hooks
+        if inspect.getattr_static(module, name) is not inspect.getattr_static(base, name)
+    )
 
 
-def require_supported(module: Any, datamodule: Any, *, is_sharded: bool, scales_loss: bool) -> None:
+def require_supported(
+    module: Any,
+    datamodule: Any,
+    devices: DeviceParameters,
+    *,
+    is_sharded: bool,
+    scales_loss: bool,
+) -> None:
     """Refuse, all at once, what would be ignored or done otherwise.
 
     Raises:
@@ -78,8 +106,21 @@ def require_supported(module: Any, datamodule: Any, *, is_sharded: bool, scales_
         )
     own = overridden(module, base)
     problems = list(_problems(module, own, is_sharded=is_sharded, scales_loss=scales_loss))
+    problems += [
+        f"device_parameters.{name}: a LightningModule does that itself, in configure_model"
+        for name in ("compile_model", "checkpoint_activations")
+        if getattr(devices, name)
+    ]
+    if devices.tensor_parallel not in (1, "auto"):
+        problems.append("device_parameters.tensor_parallel: nobody says how to split the module")
     if datamodule is not None and base_of(type(datamodule), "LightningDataModule") is None:
         problems.append(f"datamodule is a {type(datamodule).__name__}, no LightningDataModule")
+    elif datamodule is not None:
+        kind = type(datamodule)
+        own = overridden(datamodule, cast("type", base_of(kind, "LightningDataModule")))
+        problems += [
+            f"{kind.__name__}.{name} is not supported" for name in own if name not in SUPPORTED_DATA
+        ]
     if problems:
         raise ConfigError(
             type(module).__name__,
@@ -115,12 +156,6 @@ def _problems(module: Any, own: list[str], *, is_sharded: bool, scales_loss: boo
 
 def _because(name: str) -> str:
     return f": {_INSTEAD[name]}" if name in _INSTEAD else ""
-
-
-def _is_of_torch(cls: type, name: str) -> bool:
-    """Whether the method is torch's or a parent's that is none of Lightning's hooks."""
-    owner = next((one for one in cls.__mro__ if name in vars(one)), None)
-    return owner is nn.Module
 
 
 def called_with(method: Any, *arguments: Any) -> Any:

@@ -77,6 +77,7 @@ class LightningModuleTrainer(BaseTrainer):
         require_supported(
             module,
             datamodule,
+            config.device_parameters,
             is_sharded=isinstance(self.world.strategy, world.MeshStrategy),
             scales_loss=self.world.scales_loss,
         )
@@ -134,6 +135,10 @@ class LightningModuleTrainer(BaseTrainer):
         with attached(self, stage):
             try:
                 yield
+            except BaseException as error:
+                if self.datamodule is not None:
+                    self.datamodule.on_exception(error)
+                raise
             finally:
                 self.call("teardown", stage)
                 if self.datamodule is not None:

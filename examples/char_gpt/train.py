@@ -1,7 +1,7 @@
 """A small GPT that learns Python's language reference, character by character.
 
-    python examples/char_gpt.py fit
-    python examples/char_gpt.py fit --training_parameters.max_steps 1000 --n_layers 6
+    python examples/char_gpt/train.py fit
+    python examples/char_gpt/train.py fit --training_parameters.max_steps 1000 --n_layers 6
 
 The text is `pydoc_data.topics`, which every Python carries. The run is counted in optimizer
 steps; documents of different lengths form a batch, so each batch weighs as many tokens as it has.

@@ -1,8 +1,8 @@
 """Handwritten digits: 1,797 real images, a small convolutional network, under a minute on a CPU.
 
-    python examples/digits.py fit                                  # train, or go on where it was
-    python examples/digits.py fit --device_parameters.devices 2    # the same on two CPU ranks
-    python examples/digits.py fit --help
+    python examples/digits/train.py fit    # train, or go on where it was
+    python examples/digits/train.py fit --device_parameters.devices 2
+    python examples/digits/train.py fit --help
 
 The run directory gets `curves.png` beside the metrics log and the checkpoints.
 """
