@@ -57,8 +57,9 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests; arguments after `--` go to pytest."""
     # One thread each: ranks started side by side would otherwise fight over the cores.
-    command = ["python", "-m", "pytest", "-n", "auto", "--dist", "worksteal", *session.posargs]
-    run_in_dev(session, *command, OMP_NUM_THREADS="1")
+    command = ["python", "-m", "pytest", "-n", "auto", "--dist", "worksteal"]
+    apart = [f"--ignore=tests/{folder}" for folder in ("interop", "examples")]  # see `interop`
+    run_in_dev(session, *command, *apart, *session.posargs, OMP_NUM_THREADS="1")
 
 
 @nox.session(venv_backend="none")
@@ -95,16 +96,12 @@ def bench(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def interop(session: nox.Session) -> None:
-    """Run what needs other libraries: loggers, loaders, a search, adapters, two examples."""
+    """Kill and resume every example, and runs with other libraries, all of them installed."""
     libraries = "datasets gymnasium mlflow-skinny optuna peft torchdata transformers wandb".split()
     python = str(peers(session, INTEROP, *libraries))
-    places = [
-        "tests/interop",
-        "tests/examples/test_ppo.py",
-        "tests/examples/test_hf_transformers.py",
-    ]
-    command = [python, "-m", "pytest", "-n", "auto", "--dist", "worksteal", *places]
-    session.run(*command, *session.posargs, env={"OMP_NUM_THREADS": "1"}, external=True)
+    command = [python, "-m", "pytest", "-n", "auto", "--dist", "worksteal"]
+    places = session.posargs or ["tests/interop", "tests/examples"]
+    session.run(*command, *places, env={"OMP_NUM_THREADS": "1"}, external=True)
 
 
 @nox.session(venv_backend="none")

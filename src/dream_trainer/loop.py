@@ -249,9 +249,11 @@ class FitLoop:
     def validate_if_due(self) -> None:
         """Validate if the step under way asks for it and has not been validated."""
         progress, every = self.trainer.progress, self.trainer.training_parameters.val_every_n_steps
-        if every is None or not progress.num_steps or progress.num_steps % every:
+        if every is None:
             return
-        if progress.last_validation_step != progress.num_steps:
+        # A batch that takes several steps may pass over the multiple.
+        last = max(progress.last_validation_step, 0)
+        if progress.num_steps // every > last // every:
             self.check()  # validation can take long
             self.validate()
             self.check()

@@ -395,3 +395,40 @@ def test_without_checkpoints_nothing_is_written(tmp_path: Path) -> None:
     trainer.fit()
     assert list(tmp_path.iterdir()) == []
     assert not trainer.writes_run_directory
+
+
+class ThreeSteps(TinyTrainer):
+    """As reinforcement learning has it: several steps on what a batch stands for."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        for _ in range(3):
+            loss = self.compute_loss(batch, batch_idx)
+            self.backward(loss)
+            self.step()
+        return loss
+
+
+def test_triggers_are_not_missed_by_batches_of_several_steps(tmp_path: Path) -> None:
+    validated: list[int] = []
+
+    class Validations(Callback):
+        def post_validation_epoch(self, trainer: Any, results: Any) -> None:
+            validated.append(trainer.global_step)
+
+    trainer = tiny(
+        tmp_path,
+        ThreeSteps,
+        max_steps=25,
+        n_epochs=None,
+        val_every_n_steps=5,
+        val_every_n_epochs=None,
+        every_n_steps=10,
+        every_n_epochs=None,
+        keep_last=9,
+        callbacks={"validations": Validations()},
+    )
+    trainer.fit()
+    # The first places at or after 5, 10, 15, 20 and 25.
+    assert validated == [6, 12, 15, 21, 27]
+    names = sorted(path.name for path in trainer.checkpointer.store.paths())
+    assert names == ["step-00000012", "step-00000021", "step-00000027"]

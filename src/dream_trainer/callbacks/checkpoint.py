@@ -40,12 +40,14 @@ class CheckpointCallback(Callback):
         self._last_time = 0.0
         self._saved_at: _Place | None = None  # of the last attempt
         self._is_saved = False
+        self._last_step = 0
 
     def pre_fit(self, trainer: BaseTrainer) -> None:
         """Start the clock."""
         self._last_time = self._clock()
         self._saved_at = self._place(trainer) if trainer.is_resumed else None
         self._is_saved = trainer.is_resumed
+        self._last_step = trainer.global_step
 
     def post_validation_epoch(self, trainer: BaseTrainer, results: Mapping[str, float]) -> None:
         """Say so if the monitored value is not there."""
@@ -89,7 +91,12 @@ class CheckpointCallback(Callback):
         if not parameters.enable:
             return False
         is_due, last, every_steps = False, self._saved_at, parameters.every_n_steps
-        if every_steps is not None and progress.num_steps % every_steps == 0:
+        before, self._last_step = self._last_step, progress.num_steps
+        if every_steps is not None and (
+            progress.num_steps % every_steps == 0
+            # A batch that takes several steps may pass over the multiple.
+            or progress.num_steps // every_steps > before // every_steps
+        ):
             is_due = last is None or last.num_steps != progress.num_steps
         if not progress.in_epoch and parameters.every_n_epochs is not None:
             is_due |= progress.epoch % parameters.every_n_epochs == 0

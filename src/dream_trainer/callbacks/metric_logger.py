@@ -38,11 +38,13 @@ class MetricLogger(Callback):
         self.flush_every_n_rows = flush_every_n_rows
         self._rows = RowLog()
         self._last_validation_step = self._last_train_epoch = -1
+        self._last_step = 0
 
     def pre_fit(self, trainer: BaseTrainer) -> None:
         """Open the logs and cut what a killed run wrote after its last checkpoint."""
         writes = trainer.world.is_global_zero and trainer.writes_run_directory
         goes_on = trainer.progress.num_batches > 0
+        self._last_step = trainer.global_step
         self._rows.open(
             trainer.run_directory / "metrics.jsonl" if writes else None, goes_on=goes_on
         )
@@ -129,8 +131,10 @@ class MetricLogger(Callback):
         self._last_validation_step = state_dict["last_validation_step"]
 
     def _take_step(self, trainer: BaseTrainer) -> None:
-        values = trainer.logged.take()
-        if values and trainer.progress.num_steps % self.every_n_steps == 0:
+        values, step, every = trainer.logged.take(), trainer.progress.num_steps, self.every_n_steps
+        before, self._last_step = self._last_step, step
+        # A batch that takes several steps may pass over the multiple.
+        if values and (step % every == 0 or step // every > before // every):
             self._add_row(trainer, values)
 
     def _take_train_epoch(self, trainer: BaseTrainer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ PRECEDENCE = (
 _FAILED = object()
 _PRINT = "print_config"
 _MODE = "dream_trainer_yaml"
+_SIGNATURE = re.compile(r"(\w+)\(.*\):?", re.DOTALL)
 #: A line of them has more wrong than anybody reads at once; each costs some runs of the parser.
 _MOST_MISTAKES = 20
 
@@ -137,6 +139,10 @@ class ConfigParser:
             "files that it is laid over. A section can have a file: --training_parameters a.yaml",
         )
         self._parser.add_class_arguments(config_class)
+        for group in self._parser._action_groups:
+            # A dataclass without a docstring has its signature for one: twenty lines, and no help.
+            if (name := _SIGNATURE.match(str(group.title))) is not None:
+                group.title = name[1]
         if add_arguments is not None:
             add_arguments(self._parser)
         for link in links:

@@ -8,6 +8,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
+from dream_trainer.cli.tables import until_nobody_reads
 from dream_trainer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -57,10 +58,11 @@ def plan(cli: DreamCLI) -> RunPlan:
         made = plan_run(
             cli.trainer_class, cli.config, given.ranks, ranks_per_node=given.ranks_per_node
         )
-    if given.json:
-        print(json.dumps(made.as_dict(), indent=2))
-    elif sys.stdout.isatty():
-        print_plan(made, Console())
-    else:
-        print(as_text(made, _PLAIN_WIDTH))
+    with until_nobody_reads():
+        if given.json:
+            print(json.dumps(made.as_dict(), indent=2))
+        elif sys.stdout.isatty():
+            print_plan(made, Console())
+        else:
+            print(as_text(made, _PLAIN_WIDTH))
     return made
