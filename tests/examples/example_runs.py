@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import runpy
 import signal
@@ -12,7 +13,14 @@ from pathlib import Path
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+import dream_trainer
 from dream_trainer import export_checkpoint
+
+# Once, in the process that is forked: each run would load them for itself, for seconds.
+for name in dream_trainer.__all__:
+    getattr(dream_trainer, name)
+for name in ("torchmetrics.classification", "torch._dynamo", "sklearn.datasets"):
+    importlib.import_module(name)
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -78,7 +86,9 @@ def assert_resumes_exactly(
     Returns:
         What the run without a kill printed, and its directory.
     """
-    common = ("fit", "--root_dir", "runs", *arguments)
+    # A save behind the training might not be committed yet when the process is killed.
+    at_once = ("--checkpoint_parameters.async_save", "false")
+    common = ("fit", "--root_dir", "runs", *at_once, *arguments)
     output = run(folder, example, *common, "--experiment", "whole")
     run(folder, example, *common, "--experiment", "killed", kill_at=kill_at)
     again = run(folder, example, *common, "--experiment", "killed")

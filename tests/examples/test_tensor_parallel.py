@@ -19,7 +19,7 @@ SCRIPT = "tensor_parallel/train.py"
 SMALL = (
     *("--root_dir", "runs", "--length", "3", "--n_rows", "640", "--width", "32"),
     *("--n_layers", "1", "--training_parameters.n_epochs", "3", "--lr", "0.01"),
-    *("--checkpoint_parameters.every_n_steps", "4"),
+    *("--checkpoint_parameters.every_n_steps", "4", "--checkpoint_parameters.async_save", "false"),
 )
 TWO_RANKS = (
     *("--device_parameters.devices", "2", "--device_parameters.tensor_parallel", "2"),
