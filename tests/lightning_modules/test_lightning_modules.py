@@ -523,3 +523,7 @@ def test_what_cannot_be_logged_is_told(tmp_path: Path, arguments: Any, problem: 
 def test_a_module_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no LightningModule"):
         LightningModuleTrainer(config(tmp_path), nn.Linear(1, 1))
+    with pytest.raises(ConfigError, match=r"pass an instance: Plain\(\.\.\.\)"):
+        LightningModuleTrainer(config(tmp_path), Plain)
+    with pytest.raises(ConfigError, match="a loader is passed by name"):
+        LightningModuleTrainer(config(tmp_path), Plain(), DataLoader(points(1)))

@@ -97,6 +97,8 @@ def require_supported(
     Raises:
         ConfigError: naming every method.
     """
+    if isinstance(module, type):
+        raise ConfigError("module", [f"it is a class; pass an instance: {module.__name__}(...)"])
     base = base_of(type(module), "LightningModule")
     if base is None:
         raise ConfigError(
@@ -114,7 +116,10 @@ def require_supported(
     if devices.tensor_parallel not in (1, "auto"):
         problems.append("device_parameters.tensor_parallel: nobody says how to split the module")
     if datamodule is not None and base_of(type(datamodule), "LightningDataModule") is None:
-        problems.append(f"datamodule is a {type(datamodule).__name__}, no LightningDataModule")
+        problems.append(
+            f"datamodule is a {type(datamodule).__name__}, no LightningDataModule; "
+            "a loader is passed by name, train_dataloader=..."
+        )
     elif datamodule is not None:
         kind = type(datamodule)
         own = overridden(datamodule, cast("type", base_of(kind, "LightningDataModule")))
