@@ -308,7 +308,7 @@ class FitLoop:
                     trainer.callbacks.post_validation_step(trainer, result, batch, batch_idx)
                 values.add_result(result, loader.num_samples, f"{phase}/")
                 values.resolve()
-                if phase != "sanity":
+                if phase != "sanity" and (phase != "val" or not self._validation_has_hooks):
                     self.check()
             parts = trainer.world.gather_data_parallel(totals([values.take()])[0])
             means, metrics = merge_ranks(parts), trainer.metrics.compute(phase)
@@ -335,7 +335,16 @@ class FitLoop:
                 if loader.num_samples != 0:
                     results.append(result)
                 self.check()
+            trainer.metrics.end("predict")
         return results
+
+    @property
+    def _validation_has_hooks(self) -> bool:
+        """Whether it may have changed what `on_interrupt` would save.
+
+        Averaged weights, say, are put in their places before it, and taken out after it.
+        """
+        return self.trainer.is_fitting and self.trainer.has_validation_hooks
 
     @contextmanager
     def _evaluating(self, phase: str) -> Iterator[None]:
@@ -347,12 +356,12 @@ class FitLoop:
         seed_everything(derive(trainer.seed, phase, trainer.world.dp_rank))
         for module in trainer.sync_modules:
             module.eval()
-        trainer.metrics.reset(phase)
         # Left among the step's, they would be written with the next one, and lost by a restart.
         logged, trainer.logged = trainer.logged, LoggedValues()
         self.is_evaluating = True
         try:
             with torch.no_grad():
+                trainer.metrics.reset(phase)
                 yield
         finally:
             self.is_evaluating = False

@@ -107,6 +107,26 @@ class OwnBackward(Plain):
             parameter.grad.mul_(0.5)
 
 
+class EverySecondBatch(Plain):
+    """A batch whose closure runs without a step is dropped."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any) -> None:
+        if batch_idx % 2:
+            optimizer.step(closure=closure)
+        else:
+            closure()
+
+
+class StepPlateau(Plain):
+    """A schedule by steps on the newest value of a step."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.5)
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1)
+        config = {"scheduler": plateau, "interval": "step", "monitor": "train_loss"}
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+
 class Averaged(Plain):
     """An average of the weights, kept in hooks and in the checkpoint."""
 
@@ -202,6 +222,8 @@ KINDS: dict[str, type[Plain]] = {
         WarmUp,
         ClipsItself,
         OwnBackward,
+        EverySecondBatch,
+        StepPlateau,
         Averaged,
         Adversarial,
     )

@@ -15,6 +15,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
+import torchmetrics
 from lightning.pytorch.loggers import CSVLogger
 from modules import KINDS, Adversarial, Averaged, Plain, Random, config, points, trained
 from support import differences, exact_state, run_ranks
@@ -22,6 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dream_trainer import export_checkpoint, verify_resume
+from dream_trainer.coordination import Interrupted
 from dream_trainer.errors import ConfigError
 from dream_trainer.lightning_modules import LightningModuleTrainer
 
@@ -67,7 +69,7 @@ def test_the_weights_are_those_of_lightnings_trainer(tmp_path: Path, name: str) 
     by_lightning(theirs)
     trainer = trained(tmp_path, KINDS[name], checkpoints={"enable": False})
     assert bits(trainer.module) == bits(theirs)
-    assert trainer.global_step == 18
+    assert trainer.global_step == (9 if name == "EverySecondBatch" else 18)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +146,9 @@ def test_the_hooks_are_called_in_lightnings_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [Random, KINDS["Plateau"], Averaged, Adversarial])
+@pytest.mark.parametrize(
+    "kind", [Random, KINDS["Plateau"], KINDS["StepPlateau"], Averaged, Adversarial]
+)
 def test_a_killed_run_goes_on_to_the_bit(tmp_path: Path, kind: type[Plain]) -> None:
     def make(given: Any) -> LightningModuleTrainer:
         return LightningModuleTrainer(given, kind())
@@ -172,6 +176,118 @@ def test_a_run_killed_in_a_step_goes_on_to_the_bit(tmp_path: Path) -> None:
     assert differences(exact_state(whole), exact_state(rest)) == []
     logs = [(one.run_directory / "metrics.jsonl").read_bytes() for one in (whole, rest)]
     assert logs[0] == logs[1]
+
+
+class Swapped(Averaged):
+    """Validated with the average of its weights."""
+
+    def on_validation_epoch_start(self) -> None:
+        self.own = [parameter.detach().clone() for parameter in self.parameters()]
+        self.put(getattr(self, "average", self.own))
+
+    def on_validation_epoch_end(self) -> None:
+        self.put(self.own)
+
+    def put(self, values: Any) -> None:
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters(), values, strict=True):
+                parameter.copy_(value)
+
+
+def test_ctrl_c_in_a_validation_saves_the_weights_and_not_their_average(tmp_path: Path) -> None:
+    class Interrupting(Swapped):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            super().validation_step(batch, batch_idx)
+            if self.trainer.global_step == 6 and batch_idx == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    whole = trained(tmp_path, Swapped, name="whole")
+    with pytest.raises(Interrupted):
+        trained(tmp_path, Interrupting, name="parts")
+    rest = trained(tmp_path, Swapped, name="parts")
+    assert rest.is_resumed
+    assert differences(exact_state(whole), exact_state(rest)) == []
+
+
+class Counting(Plain):
+    """Counts samples of each phase in torchmetrics, logged in every way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_epoch, self.in_step = torchmetrics.SumMetric(), torchmetrics.SumMetric()
+        self.at_end, self.in_val = torchmetrics.SumMetric(), torchmetrics.SumMetric()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        for metric in (self.in_epoch, self.in_step, self.at_end):
+            metric(len(batch[0]))
+        self.log("in_epoch", self.in_epoch, on_step=False, on_epoch=True)
+        self.log("in_step", self.in_step)
+        return super().training_step(batch, batch_idx)
+
+    def on_train_epoch_end(self) -> None:
+        self.log("at_end", self.at_end)
+        self.at_end.reset()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.in_val(len(batch[0]))
+        self.log("in_val", self.in_val)
+
+    test_step = validation_step
+
+
+def test_metrics_of_the_module_count_each_phase_once(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, Counting, name="whole")
+    found = {
+        name: [row[name] for row in rows(trainer) if name in row]
+        for name in ("in_epoch", "at_end", "in_val")
+    }
+    assert found == {"in_epoch": [24] * 3, "at_end": [24] * 3, "in_val": [10] * 3}
+    assert trainer.test(DataLoader(points(3, 8), batch_size=4)) == {"in_val": 8}
+    trained(tmp_path, Counting, name="parts", training={"n_epochs": 2})
+    rest = trained(tmp_path, Counting, name="parts")
+    assert [row["in_val"] for row in rows(rest) if "in_val" in row] == [10] * 3
+    assert trainer.module.in_step.compute() == rest.module.in_step.compute()
+
+
+def test_checkpoint_hooks_see_the_trainer_also_after_the_run(tmp_path: Path) -> None:
+    class Telling(Plain):
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["seen"] = self.trainer.current_epoch
+
+    trainer = trained(tmp_path, Telling)
+    state = trainer.state_dict()
+    assert state["callbacks"]["lightning_module"]["module"] == {"seen": 3}
+
+
+def plateau_on_ranks(root: Path) -> list[Any]:
+    devices = {"strategy": "ddp", "devices": 2}
+    trainer = trained(root, StepPlateauOfTwo, devices=devices, checkpoints={"enable": False})
+    (optimizer,) = trainer.named_optimizers().values()
+    return [bits(trainer.module), optimizer.param_groups[0]["lr"]]
+
+
+class StepPlateauOfTwo(KINDS["StepPlateau"]):  # type: ignore[misc]
+    def train_dataloader(self) -> Any:
+        return DataLoader(points(1), batch_size=2)
+
+
+@pytest.mark.distributed
+def test_ranks_agree_on_what_a_scheduler_monitors(tmp_path: Path) -> None:
+    one, other = run_ranks(2, plateau_on_ranks, tmp_path)
+    assert one == other
+    assert one[1] < 0.5
+
+
+@pytest.mark.distributed
+def test_a_module_with_manual_optimization_lets_go_of_its_group(tmp_path: Path) -> None:
+    def rank() -> bool:
+        devices = {"strategy": UNUSED, "devices": 2}
+        trainer = LightningModuleTrainer(config(tmp_path, devices=devices), AdversarialOfTwo())
+        with trainer:
+            trainer.fit()
+        return torch.distributed.is_initialized()
+
+    assert run_ranks(2, rank) == [False, False]
 
 
 def rows(trainer: LightningModuleTrainer) -> list[dict[str, Any]]:

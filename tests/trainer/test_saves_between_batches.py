@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from torchmetrics import MeanMetric
 
 from dream_trainer.callbacks import Callback
 from dream_trainer.callbacks.callback import HOOKS
+from dream_trainer.coordination import Interrupted
 
 # A run seeds the global streams.
 pytestmark = pytest.mark.may_leave("rng")
@@ -193,3 +196,37 @@ def test_on_another_layout_the_window_is_done_again(tmp_path: Path) -> None:
     for one, other in ((whole, again), (ddp, sharded)):
         for name, value in one.items():
             assert np.allclose(other[name], value, rtol=1e-10, atol=1e-12), name
+
+
+class Averaged(Callback):
+    """Validates with other weights than those that train, and puts them back."""
+
+    def pre_validation_epoch(self, trainer: Any) -> None:
+        self.own = [p.detach().clone() for p in trainer.net.parameters()]
+        self.put(trainer, [p / 2 for p in self.own])
+
+    def post_validation_epoch(self, trainer: Any, results: Any) -> None:
+        self.put(trainer, self.own)
+
+    def put(self, trainer: Any, values: Any) -> None:
+        with torch.no_grad():
+            for parameter, value in zip(trainer.net.parameters(), values, strict=True):
+                parameter.copy_(value)
+
+
+class CtrlC(Callback):
+    def post_validation_step(self, trainer: Any, result: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 6 and batch_idx == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_in_a_validation_saves_what_trains(tmp_path: Path) -> None:
+    whole = tiny(tmp_path, experiment="whole", callbacks={"averaged": Averaged()})
+    whole.fit()
+    callbacks = {"averaged": Averaged(), "stop": CtrlC()}
+    with pytest.raises(Interrupted):
+        tiny(tmp_path, experiment="parts", callbacks=callbacks).fit()
+    rest = tiny(tmp_path, experiment="parts", callbacks={"averaged": Averaged()})
+    rest.fit()
+    assert rest.is_resumed
+    assert differences(exact_state(whole), exact_state(rest)) == []

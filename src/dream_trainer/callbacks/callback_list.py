@@ -40,6 +40,7 @@ class CallbackList(Callback):
         self._foreign = list(foreign)
         own = set(map(id, self._callbacks.values()))
         everyone = [*self._callbacks.values(), *(one for one in foreign if id(one) not in own)]
+        self._listeners: dict[str, list[Any]] = {}
         for hook in HOOKS:
             inherited = getattr(Callback, hook)
             listeners = [
@@ -48,11 +49,16 @@ class CallbackList(Callback):
                 if callable(method := getattr(one, hook, None))
                 and getattr(type(one), hook, None) is not inherited
             ]
+            self._listeners[hook] = listeners
             setattr(self, hook, _dispatcher(listeners))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Dispatchers do not pickle, and ranks that are spawned make their own.
         return type(self), (self._callbacks, self._foreign)
+
+    def overrides(self, hook: str) -> bool:
+        """Whether any callback has a hook of its own."""
+        return bool(self._listeners[hook])
 
     def preceded_by(self, name: str, callback: Callback) -> CallbackList:
         """The same callbacks, after another one."""

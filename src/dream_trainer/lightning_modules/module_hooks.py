@@ -32,7 +32,8 @@ class ModuleHooks(Callback):
         run = self._run
         if trainer.world.is_global_zero and (hparams := run.hyper_parameters_to_log()):
             for logger in trainer.loggers.values():
-                logger.log_hyperparams(hparams)
+                if hasattr(logger, "log_hyperparams"):
+                    logger.log_hyperparams(hparams)
         run.call("on_fit_start")
         run.call("on_train_start")
 
@@ -106,24 +107,25 @@ class ModuleHooks(Callback):
                     run.module.lr_scheduler_step(schedule.scheduler, value)
 
     def _monitored(self, schedule: Schedule) -> Any:
-        known = self._run.callback_metrics()
         assert schedule.monitor is not None
-        if schedule.monitor not in known and schedule.strict:
+        journal = self._run.journal
+        value = journal.monitored(schedule.monitor)
+        if value is None and schedule.strict:
             raise ConfigError(
                 "configure_optimizers",
                 [f"monitor={schedule.monitor!r} was not logged before the scheduler's step"],
-                f"Logged were: {', '.join(known) or 'no values'}. Log it, name another one, or "
-                'set "strict": False.',
+                f"Logged were: {', '.join(journal.latest) or 'no values'}. Log it, name another "
+                'one, or set "strict": False.',
             )
-        return known.get(schedule.monitor)
+        return value
 
     def state_dict(self) -> dict[str, Any]:
-        """Schedules, newest results, and what the module and its data module add."""
+        """Schedules, and what the module and its data module add."""
         run = self._run
         datamodule = run.datamodule
         return {
             "schedules": [schedule.scheduler.state_dict() for schedule in run.schedules],
-            "latest": dict(run.journal.latest),
+            "latest": run.journal.numbers(),  # for another layout of ranks; else each has its own
             "is_plateau_due": self._is_plateau_due,
             "is_epoch_stepped": self._is_epoch_stepped,
             "module": run.additions(),

@@ -122,10 +122,7 @@ class LightningModuleTrainer(BaseTrainer):
     def predict(self, dataloader: Iterable[Any] | None = None) -> list[Any]:
         """Run ``predict_step``; see `BaseTrainer.predict`."""
         with self._running("predict"):
-            results = super().predict(dataloader)
-            self.call("on_predict_epoch_end")
-            self.call("on_predict_end")
-            return results
+            return super().predict(dataloader)
 
     @contextmanager
     def _running(self, stage: str) -> Iterator[None]:
@@ -231,6 +228,11 @@ class LightningModuleTrainer(BaseTrainer):
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """A module's ``training_step`` with everything around it."""
+        loss = self._train_on(batch, batch_idx)
+        # One that the module logs itself would be averaged with it.
+        return None if "train/loss" in self.journal.latest else loss
+
+    def _train_on(self, batch: Any, batch_idx: int) -> Tensor | None:
         journal, module = self.journal, self.module
         journal.batch, journal.is_in_step = batch, True
         if self.call("on_train_batch_start", batch, batch_idx) == -1:
@@ -262,6 +264,9 @@ class LightningModuleTrainer(BaseTrainer):
         return self._loss_of(self.outputs)
 
     def _forward_and_backward(self, batch: Any, batch_idx: int) -> Tensor | None:
+        if "optimizer_step" in self._own and not self.progress.num_batches_in_window:
+            for optimizer in self._optimizers.values():  # a hook may have taken no step
+                optimizer.zero_grad()
         self.outputs = called_with(partial(self._call_wrapped, "training_step"), batch, batch_idx)
         loss = self._loss_of(self.outputs)
         if loss is None:
@@ -365,14 +370,27 @@ class LightningModuleTrainer(BaseTrainer):
 
     def additions(self) -> dict[str, Any]:
         """What ``on_save_checkpoint`` puts into a checkpoint."""
-        checkpoint = self._checkpoint()
-        known = set(checkpoint)
-        self.call("on_save_checkpoint", checkpoint)
+        with attached(self, self.attached_trainer.stage):
+            checkpoint = self._checkpoint()
+            known = set(checkpoint)
+            self.call("on_save_checkpoint", checkpoint)
         return {name: value for name, value in checkpoint.items() if name not in known}
 
     def take_additions(self, additions: Mapping[str, Any]) -> None:
         """Give them to ``on_load_checkpoint``."""
-        self.call("on_load_checkpoint", {**self._checkpoint(), **additions})
+        with attached(self, self.attached_trainer.stage):
+            self.call("on_load_checkpoint", {**self._checkpoint(), **additions})
+
+    @property
+    def has_validation_hooks(self) -> bool:
+        """Also those of the module."""
+        own = {"on_validation_start", "on_validation_epoch_start"}.intersection(self._own)
+        return bool(own) or super().has_validation_hooks
+
+    def forget_setup(self) -> None:
+        """Also what manual optimization holds."""
+        self._manual = None
+        super().forget_setup()
 
     # ------------------------------------------------------------------ inside
 

@@ -458,6 +458,11 @@ class BaseTrainer(AbstractTrainer):
     # ------------------------------------------------------------------ what callbacks read
 
     @property
+    def has_validation_hooks(self) -> bool:
+        """Whether somebody does something before a validation that ends after it."""
+        return self.callbacks.overrides("pre_validation_epoch")
+
+    @property
     def moves_batches(self) -> bool:
         """Whether `batch_to_device` has anything to do; every training batch asks."""
         return self.world.moves_batches or (

@@ -75,6 +75,9 @@ class MetricPhases:
                     values[f"{phase}/{name}"] = result
         return dict(zip(values, to_host(list(values.values())), strict=True))
 
+    def end(self, phase: str) -> None:
+        """End a phase that has no results."""
+
     def state_dict(self) -> dict[str, Any]:
         """What this rank's training metrics have gathered so far in the epoch."""
         return {
