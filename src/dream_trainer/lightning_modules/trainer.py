@@ -22,6 +22,7 @@ from dream_trainer.lightning_modules.attached import (
     optimizer_for_module,
 )
 from dream_trainer.lightning_modules.journal import Journal, ModulePhases
+from dream_trainer.lightning_modules.module_data import ModuleData
 from dream_trainer.lightning_modules.module_hooks import ModuleHooks
 from dream_trainer.lightning_modules.schedules import Schedule, optimizers_and_schedules
 from dream_trainer.lightning_modules.support import (
@@ -34,8 +35,6 @@ from dream_trainer.lightning_modules.support import (
 from dream_trainer.trainer.base import BaseTrainer, BaseTrainerConfig
 from dream_trainer.world.gradient_sync import ManualBackward
 from dream_trainer.world.wrappers import unwrap
-
-_TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
 @dataclass(kw_only=True)
@@ -91,8 +90,8 @@ class LightningModuleTrainer(BaseTrainer):
         self.outputs: Any = None
         self.clips_itself = "configure_gradient_clipping" in self._own
         self.gradient_clip_val = self.training_parameters.gradient_clip_val
-        self._given = {"train": train_dataloader, "val": val_dataloader}
-        self._stages: set[str] = set()
+        given = {"train": train_dataloader, "val": val_dataloader}
+        self._data = ModuleData(module, datamodule, given)
         self._wrapped: nn.Module | None = None
         self._train_loader: ResumableLoader | None = None
         self._val_loader: ResumableLoader | None = None
@@ -137,21 +136,15 @@ class LightningModuleTrainer(BaseTrainer):
                     self.datamodule.on_exception(error)
                 raise
             finally:
-                self.call("teardown", stage)
-                if self.datamodule is not None:
-                    self.datamodule.teardown(stage)
+                self._data.tear_down(stage)
 
     # ------------------------------------------------------------------ contract
 
     def configure(self) -> None:
         """Data, ``setup`` and ``configure_model``."""
         with attached(self, self.attached_trainer.stage):
-            for one in self._with_data():
-                is_per_node = getattr(one, "prepare_data_per_node", True)
-                if (self.world.local_rank if is_per_node else self.world.rank) == 0:
-                    one.prepare_data()
-            self.world.barrier()
-            self._set_up("fit")
+            self._data.prepare(self.world)
+            self._data.set_up("fit")
             self.call("configure_model")
 
     def setup(self) -> None:
@@ -163,7 +156,7 @@ class LightningModuleTrainer(BaseTrainer):
                 )
             self._wrapped = self.world.setup(self.module)
             self.module.fabric = None  # with one, the module would ask it instead of its trainer
-            self._train_loader = self._loader("train")
+            self._train_loader = self._data.loader("train")
             if self._train_loader is None:
                 raise ConfigError(
                     type(self.module).__name__,
@@ -171,7 +164,7 @@ class LightningModuleTrainer(BaseTrainer):
                     "Write one in the module or in a data module, or pass it.",
                 )
             if "validation_step" in self._own:
-                self._val_loader = self._loader("val")
+                self._val_loader = self._data.loader("val")
             made, self.schedules = optimizers_and_schedules(self.module.configure_optimizers())
             self._require_steppable(made)
             names = ["optimizer"]
@@ -218,11 +211,11 @@ class LightningModuleTrainer(BaseTrainer):
 
     def test_dataloader(self) -> Any:
         """Of the data module, or the module."""
-        return self._loader("test")
+        return self._data.loader("test")
 
     def predict_dataloader(self) -> Any:
         """Of the data module, or the module."""
-        return self._loader("predict")
+        return self._data.loader("predict")
 
     # ------------------------------------------------------------------ steps
 
@@ -238,8 +231,8 @@ class LightningModuleTrainer(BaseTrainer):
         if self.call("on_train_batch_start", batch, batch_idx) == -1:
             raise RuntimeError(
                 f"{type(module).__name__}.on_train_batch_start returned -1, to skip the rest of "
-                "the epoch. Limit the epoch instead (training_parameters.limit_train_batches), or "
-                "call self.trainer.should_stop = True."
+                "the epoch. Limit it with training_parameters.train_steps_per_epoch, or set "
+                "self.trainer.should_stop = True."
             )
         if self._manual is not None:
             with self._manual.forward(), self.world.precision_context():
@@ -311,17 +304,12 @@ class LightningModuleTrainer(BaseTrainer):
 
     def batch_to_device(self, batch: Any) -> Any:
         """With the module's, or data module's, own transfer hooks."""
-        batch = self._transfer("on_before_batch_transfer", batch, 0)
-        if (owner := self._transfers("transfer_batch_to_device")) is not None:
-            batch = owner.transfer_batch_to_device(batch, self.world.device, 0)
-        else:
-            batch = super().batch_to_device(batch)
-        return self._transfer("on_after_batch_transfer", batch, 0)
+        return self._data.to_device(batch, self.world)
 
     @property
     def moves_batches(self) -> bool:
         """Whether something is to be moved, or a hook has something to do."""
-        return self.world.moves_batches or any(map(self._transfers, _TRANSFER))
+        return self.world.moves_batches or self._data.has_transfer_hooks
 
     # ------------------------------------------------------------------ what the module asks for
 
@@ -447,57 +435,6 @@ class LightningModuleTrainer(BaseTrainer):
                 )
         if problems:
             raise ConfigError(type(self.module).__name__, problems)
-
-    def _with_data(self) -> list[Any]:
-        return [one for one in (self.datamodule, self.module) if one is not None]
-
-    def _set_up(self, stage: str) -> None:
-        """``setup`` of the data module and the module, once a stage."""
-        if stage not in self._stages:
-            self._stages.add(stage)
-            for one in self._with_data():
-                one.setup(stage)
-
-    def _loader(self, kind: str) -> ResumableLoader | None:
-        stage = {"train": "fit", "val": "fit"}.get(kind, kind)
-        self._set_up(stage)
-        made = self._given.get(kind)
-        name = f"{kind}_dataloader"
-        if made is None:
-            owner = self.module
-            if self.datamodule is not None:
-                base = base_of(type(self.datamodule), "LightningDataModule")
-                if name in overridden(self.datamodule, cast("type", base)):
-                    owner = self.datamodule
-            if owner is self.module and name not in self._own:
-                return None
-            made = getattr(owner, name)()
-        if isinstance(made, (list, tuple)) and len(made) == 1:
-            (made,) = made
-        if isinstance(made, (list, tuple)) and not made:
-            return None
-        if made is None:
-            return None
-        if isinstance(made, (list, tuple, Mapping)) or type(made).__name__ == "CombinedLoader":
-            raise ConfigError(
-                name,
-                [f"it gives several loaders ({type(made).__name__})"],
-                "Join their data sets (torch.utils.data.ConcatDataset), or read the others in "
-                "hooks of the module.",
-            )
-        return made if isinstance(made, ResumableLoader) else ResumableLoader(made)
-
-    def _transfers(self, name: str) -> Any:
-        """Whose hook it is, if anybody has one of their own."""
-        if self.datamodule is not None:
-            base = base_of(type(self.datamodule), "LightningDataModule")
-            if name in overridden(self.datamodule, cast("type", base)):
-                return self.datamodule
-        return self.module if name in self._own else None
-
-    def _transfer(self, name: str, batch: Any, dataloader_idx: int) -> Any:
-        owner = self._transfers(name)
-        return batch if owner is None else getattr(owner, name)(batch, dataloader_idx)
 
 
 __all__ = ["LightningModuleTrainer", "LightningModuleTrainerConfig"]
