@@ -266,6 +266,29 @@ def test_the_group_of_somebody_else_stays(tmp_path: Path) -> None:
     run_ranks(2, inside_launch, tmp_path)
 
 
+def trained_by_forks(fabric: Fabric, root: Path) -> list[tuple[int, dict[str, float]]]:
+    found = []
+    for name in ("one", "two"):
+        with TinyTrainer(tiny_config(root, experiment=name), fabric=fabric) as trainer:
+            trainer.fit()
+            found.append((trainer.global_step, trainer.validate()))
+    assert dist.is_initialized()
+    return found
+
+
+def forking(root: Path) -> Any:
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp_fork")
+    return fabric.launch(trained_by_forks, root)
+
+
+@pytest.mark.distributed
+def test_trainers_run_inside_a_function_that_fabric_forks(tmp_path: Path) -> None:
+    # Fabric leaves the variables of its ranks behind: in a process of its own.
+    (found,) = run_ranks(1, forking, tmp_path)
+    assert [steps for steps, _ in found] == [6, 6]
+    assert found[0] == found[1]
+
+
 def held_by_somebody(root: Path) -> tuple[int, bool]:
     trainer = TinyTrainer(tiny_config(root, devices=2, strategy="ddp"))
     trainer.fit()
