@@ -18,7 +18,15 @@ import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
 from streams import rng_streams, same_streams
-from support import TinyTrainer, differences, exact_state, run_ranks, tiny, tiny_config
+from support import (
+    TinyTrainer,
+    differences,
+    exact_state,
+    rank_environment,
+    run_ranks,
+    tiny,
+    tiny_config,
+)
 
 from dream_trainer.callbacks import Callback
 from dream_trainer.coordination import Interrupted
@@ -277,6 +285,8 @@ def trained_by_forks(fabric: Fabric, root: Path) -> list[tuple[int, dict[str, fl
 
 
 def forking(root: Path) -> Any:
+    for name in rank_environment(0, 1, 0):
+        del os.environ[name]
     fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp_fork")
     return fabric.launch(trained_by_forks, root)
 
