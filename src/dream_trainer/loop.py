@@ -24,7 +24,8 @@ from dream_trainer.accumulation import AccumulationWindow
 from dream_trainer.data import ResumableLoader
 from dream_trainer.errors import ConfigError
 from dream_trainer.metrics import LoggedValues, merge_ranks, totals
-from dream_trainer.randomness import derive, rng_state, seed_everything, set_rng_state
+from dream_trainer.progress import reaches_multiple
+from dream_trainer.randomness import all_preserved, derive, seed_everything
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
@@ -249,11 +250,10 @@ class FitLoop:
     def validate_if_due(self) -> None:
         """Validate if the step under way asks for it and has not been validated."""
         progress, every = self.trainer.progress, self.trainer.training_parameters.val_every_n_steps
-        if every is None:
-            return
-        # A batch that takes several steps may pass over the multiple.
         last = max(progress.last_validation_step, 0)
-        if progress.num_steps // every > last // every:
+        if every is None or progress.num_steps == last:
+            return
+        if reaches_multiple(progress.num_steps, every, after=last):
             self.check()  # validation can take long
             self.validate()
             self.check()
@@ -352,15 +352,14 @@ class FitLoop:
         trainer = self.trainer
         modules = [part for module in trainer.sync_modules for part in module.modules()]
         modes = [part.training for part in modules]
-        outer = rng_state()
-        seed_everything(derive(trainer.seed, phase, trainer.world.dp_rank))
         for module in trainer.sync_modules:
             module.eval()
         # Left among the step's, they would be written with the next one, and lost by a restart.
         logged, trainer.logged = trainer.logged, LoggedValues()
         self.is_evaluating = True
         try:
-            with torch.no_grad():
+            with all_preserved(), torch.no_grad():
+                seed_everything(derive(trainer.seed, phase, trainer.world.dp_rank))
                 trainer.metrics.reset(phase)
                 yield
         finally:
@@ -369,7 +368,6 @@ class FitLoop:
             for part, mode in zip(modules, modes, strict=True):
                 part.training = mode
             trainer.metrics.enter("train")
-            set_rng_state(outer)
 
     def close(self) -> None:
         """End worker processes that live across epochs."""

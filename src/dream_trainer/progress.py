@@ -103,3 +103,16 @@ class Progress:
         known = {field.name for field in fields(self)} - set(_LOCAL)
         for name in known & state_dict.keys():
             setattr(self, name, state_dict[name])
+
+
+def reaches_multiple(step: int, every: int, *, after: int) -> bool:
+    """Whether a step is a multiple, or the first that was looked at since one.
+
+    A batch that takes several optimizer steps may pass over the multiple itself.
+
+    Args:
+        step: optimizer steps taken.
+        every: the number.
+        after: ``step`` of the last look.
+    """
+    return step % every == 0 or step // every > after // every

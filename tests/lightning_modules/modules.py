@@ -107,6 +107,23 @@ class OwnBackward(Plain):
             parameter.grad.mul_(0.5)
 
 
+class WithoutIndex(Plain):
+    """Steps that leave out what they do not need."""
+
+    def training_step(self, batch: Any) -> Any:
+        return self.loss(batch)
+
+    def validation_step(self, batch: Any) -> None:
+        self.log("val_loss", self.loss(batch))
+
+
+class SkipsBatches(Plain):
+    """None is a batch that trains nothing."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return None if batch_idx % 3 == 1 else self.loss(batch)
+
+
 class EverySecondBatch(Plain):
     """A batch whose closure runs without a step is dropped."""
 
@@ -222,6 +239,8 @@ KINDS: dict[str, type[Plain]] = {
         WarmUp,
         ClipsItself,
         OwnBackward,
+        WithoutIndex,
+        SkipsBatches,
         EverySecondBatch,
         StepPlateau,
         Averaged,

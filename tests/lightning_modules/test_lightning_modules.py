@@ -69,7 +69,7 @@ def test_the_weights_are_those_of_lightnings_trainer(tmp_path: Path, name: str) 
     by_lightning(theirs)
     trainer = trained(tmp_path, KINDS[name], checkpoints={"enable": False})
     assert bits(trainer.module) == bits(theirs)
-    assert trainer.global_step == (9 if name == "EverySecondBatch" else 18)
+    assert trainer.global_step == {"EverySecondBatch": 9, "SkipsBatches": 12}.get(name, 18)
 
 
 @pytest.mark.parametrize(
@@ -176,6 +176,57 @@ def test_a_run_killed_in_a_step_goes_on_to_the_bit(tmp_path: Path) -> None:
     assert differences(exact_state(whole), exact_state(rest)) == []
     logs = [(one.run_directory / "metrics.jsonl").read_bytes() for one in (whole, rest)]
     assert logs[0] == logs[1]
+
+
+class Pressing(Random):
+    """Ctrl-C in a batch of the second epoch."""
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (self.current_epoch, batch_idx) == (1, 2) and self.global_rank == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(points(1), batch_size=4, shuffle=True, num_workers=2)
+
+
+class WithWorkers(Pressing):
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None: ...
+
+
+def test_a_run_goes_on_inside_an_accumulation_window_with_workers(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"training": {"gradient_accumulation_steps": 4}}
+    whole = trained(tmp_path, WithWorkers, name="whole", **options)
+    with pytest.raises(Interrupted):
+        trained(tmp_path, Pressing, name="parts", **options)
+    rest = trained(tmp_path, WithWorkers, name="parts", **options)
+    assert rest.is_resumed
+    assert differences(exact_state(whole), exact_state(rest)) == []
+    logs = [(one.run_directory / "metrics.jsonl").read_bytes() for one in (whole, rest)]
+    assert logs[0] == logs[1]
+
+
+def on_ranks(root: Path, name: str, devices: dict[str, Any]) -> dict[str, Any]:
+    kind = Pressing if name == "interrupted" else WithWorkers
+    run = "whole" if name == "whole" else "parts"
+    if name == "interrupted":
+        with pytest.raises(Interrupted):
+            trained(root, kind, name=run, devices=devices)
+        return {}
+    trainer = trained(root, kind, name=run, devices=devices)
+    assert trainer.is_resumed == (name == "resumed")
+    return exact_state(trainer)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "devices", [{"strategy": "ddp", "devices": 2}, {"dp_shard": 2, "devices": 2}], ids=str
+)
+def test_ranks_go_on_to_the_bit(tmp_path: Path, devices: dict[str, Any]) -> None:
+    whole = run_ranks(2, on_ranks, tmp_path, "whole", devices)
+    run_ranks(2, on_ranks, tmp_path, "interrupted", devices)
+    rest = run_ranks(2, on_ranks, tmp_path, "resumed", devices)
+    for one, other in zip(whole, rest, strict=True):
+        assert differences(one, other) == []
 
 
 class Swapped(Averaged):

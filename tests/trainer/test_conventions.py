@@ -348,3 +348,19 @@ def test_a_root_that_cannot_be_written_is_refused_before_the_first_step(tmp_path
     with pytest.raises(ConfigError, match="root_dir"):
         tiny(tmp_path / "file").fit()
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_trainer_moves_batches_in_its_own_way(tmp_path: Path) -> None:
+    phases: list[bool] = []
+
+    class Moving(TinyTrainer):
+        def batch_to_device(self, batch: Any) -> Any:
+            phases.append(self.loop.is_evaluating)
+            return {**super().batch_to_device(batch), "moved": True}
+
+        def compute_loss(self, batch: Any, batch_idx: int) -> Any:
+            assert batch["moved"]
+            return super().compute_loss(batch, batch_idx)
+
+    tiny(tmp_path, Moving, enable=False, n_epochs=1).fit()
+    assert phases == [False] * 6 + [True] * 3

@@ -164,6 +164,13 @@ def test_fit_again_after_a_stop_goes_on(tmp_path: Path) -> None:
     assert differences(exact_state(whole), exact_state(parts)) == []
 
 
+def test_an_error_in_the_block_is_the_one_that_is_seen(tmp_path: Path) -> None:
+    trainer = tiny(tmp_path, strategy="ddp", devices=2)  # not launched, so of no known size
+    with pytest.raises(ZeroDivisionError), trainer:
+        raise_error(trainer)
+    assert trainer.is_closed
+
+
 CELL = """
 class Net(TinyTrainer):
     def configure_models(self):
@@ -311,6 +318,21 @@ def held_by_somebody(root: Path) -> tuple[int, bool]:
 @pytest.mark.distributed
 def test_a_group_that_a_model_still_uses_stays_with_a_word(tmp_path: Path) -> None:
     assert run_ranks(2, held_by_somebody, tmp_path) == [(1, True)] * 2
+
+
+def failing(root: Path) -> list[bool]:
+    trainer = TinyTrainer(tiny_config(root, devices=2, strategy="ddp"))
+    trainer.fit()
+    with pytest.raises(ZeroDivisionError), trainer:
+        raise_error(trainer)
+    is_there = dist.is_initialized()
+    trainer.close()
+    return [is_there, dist.is_initialized()]
+
+
+@pytest.mark.distributed
+def test_a_block_that_fails_leaves_the_group_to_close(tmp_path: Path) -> None:
+    assert run_ranks(2, failing, tmp_path) == [[True, False]] * 2
 
 
 def overlapping(root: Path) -> list[bool]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dream_trainer.callbacks.callback import Callback
 from dream_trainer.errors import CheckpointError
+from dream_trainer.progress import reaches_multiple
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
@@ -92,10 +93,8 @@ class CheckpointCallback(Callback):
             return False
         is_due, last, every_steps = False, self._saved_at, parameters.every_n_steps
         before, self._last_step = self._last_step, progress.num_steps
-        if every_steps is not None and (
-            progress.num_steps % every_steps == 0
-            # A batch that takes several steps may pass over the multiple.
-            or progress.num_steps // every_steps > before // every_steps
+        if every_steps is not None and reaches_multiple(
+            progress.num_steps, every_steps, after=before
         ):
             is_due = last is None or last.num_steps != progress.num_steps
         if not progress.in_epoch and parameters.every_n_epochs is not None:

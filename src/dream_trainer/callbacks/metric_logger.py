@@ -11,6 +11,7 @@ from dream_trainer.callbacks.row_log import RowLog
 from dream_trainer.errors import NonFiniteError
 from dream_trainer.loggers import purge_after
 from dream_trainer.metrics import Observations
+from dream_trainer.progress import reaches_multiple
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
@@ -131,10 +132,9 @@ class MetricLogger(Callback):
         self._last_validation_step = state_dict["last_validation_step"]
 
     def _take_step(self, trainer: BaseTrainer) -> None:
-        values, step, every = trainer.logged.take(), trainer.progress.num_steps, self.every_n_steps
+        values, step = trainer.logged.take(), trainer.progress.num_steps
         before, self._last_step = self._last_step, step
-        # A batch that takes several steps may pass over the multiple.
-        if values and (step % every == 0 or step // every > before // every):
+        if values and reaches_multiple(step, self.every_n_steps, after=before):
             self._add_row(trainer, values)
 
     def _take_train_epoch(self, trainer: BaseTrainer) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from dream_trainer.data import ResumableLoader
 from dream_trainer.errors import ConfigError
-from dream_trainer.lightning_modules.support import base_of, overridden
+from dream_trainer.lightning_modules.support import own_hooks
 from dream_trainer.world import DreamWorld
 
 _TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
@@ -27,10 +27,7 @@ class ModuleData:
 
     def __init__(self, module: Any, datamodule: Any, given: Mapping[str, Any]) -> None:
         self._module, self._datamodule, self._given = module, datamodule, given
-        self._own: dict[int, list[str]] = {}
-        for one, base in ((module, "LightningModule"), (datamodule, "LightningDataModule")):
-            if one is not None:
-                self._own[id(one)] = overridden(one, cast("type", base_of(type(one), base)))
+        self._own = {id(one): own_hooks(one) for one in self._everybody}
         self._stages: set[str] = set()
 
     def owner(self, name: str) -> Any:

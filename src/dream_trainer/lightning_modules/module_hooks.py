@@ -69,10 +69,6 @@ class ModuleHooks(Callback):
         """Schedules by epoch, if nobody knew that the last batch was the last one."""
         self._step_epoch(trainer)
 
-    def pre_validation_step(self, trainer: Any, batch: Any, batch_idx: int) -> None:
-        """The batch that values are weighed by."""
-        self._run.journal.batch = batch
-
     def post_epoch(self, trainer: Any) -> None:
         """``on_train_epoch_end``, then schedules that look for a plateau."""
         self._run.journal.phase = "train"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.errors import ConfigError
@@ -68,8 +68,12 @@ def base_of(cls: type, name: str) -> type | None:
     return None
 
 
-def overridden(module: object, base: type) -> list[str]:
-    """Hooks of ``base`` that the module's class, or the module itself, has its own of."""
+def own_hooks(one: object) -> list[str]:
+    """Hooks that a module or data module, its class or the object itself, has its own of."""
+    kind = type(one)
+    base = base_of(kind, "LightningModule") or base_of(kind, "LightningDataModule")
+    if base is None:
+        return []
     hooks = {
         name: member
         for owner in base.__mro__
@@ -80,7 +84,7 @@ def overridden(module: object, base: type) -> list[str]:
     return sorted(
         name
         for name in hooks
-        if inspect.getattr_static(module, name) is not inspect.getattr_static(base, name)
+        if inspect.getattr_static(one, name) is not inspect.getattr_static(base, name)
     )
 
 
@@ -99,14 +103,13 @@ def require_supported(
     """
     if isinstance(module, type):
         raise ConfigError("module", [f"it is a class; pass an instance: {module.__name__}(...)"])
-    base = base_of(type(module), "LightningModule")
-    if base is None:
+    if base_of(type(module), "LightningModule") is None:
         raise ConfigError(
             "module",
             [f"it is a {type(module).__name__}, and no LightningModule"],
             "For another module, write a DreamTrainer.",
         )
-    own = overridden(module, base)
+    own = own_hooks(module)
     problems = list(_problems(module, own, is_sharded=is_sharded, scales_loss=scales_loss))
     problems += [
         f"device_parameters.{name}: a LightningModule does that itself, in configure_model"
@@ -122,9 +125,10 @@ def require_supported(
         )
     elif datamodule is not None:
         kind = type(datamodule)
-        own = overridden(datamodule, cast("type", base_of(kind, "LightningDataModule")))
         problems += [
-            f"{kind.__name__}.{name} is not supported" for name in own if name not in SUPPORTED_DATA
+            f"{kind.__name__}.{name} is not supported"
+            for name in own_hooks(datamodule)
+            if name not in SUPPORTED_DATA
         ]
     if problems:
         raise ConfigError(
@@ -163,15 +167,12 @@ def _because(name: str) -> str:
     return f": {_INSTEAD[name]}" if name in _INSTEAD else ""
 
 
-def called_with(method: Any, *arguments: Any) -> Any:
-    """Call with as many arguments as it takes: ``batch_idx`` may be left out of a step."""
+def num_arguments(method: Any) -> int | None:
+    """How many arguments it takes, None for any: ``batch_idx`` may be left out of a step."""
     parameters = inspect.signature(method).parameters.values()
     if any(one.kind is one.VAR_POSITIONAL for one in parameters):
-        return method(*arguments)
-    positional = [
-        one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
-    ]
-    return method(*arguments[: len(positional)])
+        return None
+    return sum(one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD) for one in parameters)
 
 
 def plain_values(values: Mapping[str, Any]) -> dict[str, Any]:

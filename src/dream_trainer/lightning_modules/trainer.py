@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,8 @@ from dream_trainer.lightning_modules.module_data import ModuleData
 from dream_trainer.lightning_modules.module_hooks import ModuleHooks
 from dream_trainer.lightning_modules.schedules import Schedule, optimizers_and_schedules
 from dream_trainer.lightning_modules.support import (
-    base_of,
-    called_with,
-    overridden,
+    num_arguments,
+    own_hooks,
     plain_values,
     require_supported,
 )
@@ -81,7 +80,8 @@ class LightningModuleTrainer(BaseTrainer):
             scales_loss=self.world.scales_loss,
         )
         self.module, self.datamodule = module, datamodule
-        self._own = overridden(module, cast("type", base_of(type(module), "LightningModule")))
+        self._own = frozenset(own_hooks(module))
+        self._num_arguments: dict[str, int | None] = {}
         self.journal = Journal(self)
         self.metrics = ModulePhases(self)
         self.attached_trainer, self.is_attached = AttachedTrainer(self), False
@@ -237,7 +237,7 @@ class LightningModuleTrainer(BaseTrainer):
         if self._manual is not None:
             with self._manual.forward(), self.world.precision_context():
                 batch = self.world.to_precision(batch)
-                self.outputs = called_with(module.training_step, batch, batch_idx)
+                self.outputs = self._called(module, "training_step", batch, batch_idx)
             return self._loss_of(self.outputs)
         forward = partial(self._forward_and_backward, batch, batch_idx)
         if self.is_accumulating_gradients or not self._optimizers:
@@ -260,7 +260,7 @@ class LightningModuleTrainer(BaseTrainer):
         if "optimizer_step" in self._own and not self.progress.num_batches_in_window:
             for optimizer in self._optimizers.values():  # a hook may have taken no step
                 optimizer.zero_grad()
-        self.outputs = called_with(partial(self._call_wrapped, "training_step"), batch, batch_idx)
+        self.outputs = self._called(self._wrapped, "training_step", batch, batch_idx)
         loss = self._loss_of(self.outputs)
         if loss is None:
             return None
@@ -298,7 +298,7 @@ class LightningModuleTrainer(BaseTrainer):
     def _evaluation_step(self, kind: str, batch: Any, batch_idx: int) -> Any:
         self.journal.batch = batch
         self.call(f"on_{kind}_batch_start", batch, batch_idx)
-        outputs = called_with(partial(self._call_wrapped, f"{kind}_step"), batch, batch_idx)
+        outputs = self._called(self._wrapped, f"{kind}_step", batch, batch_idx)
         self.call(f"on_{kind}_batch_end", outputs, batch, batch_idx)
         return outputs
 
@@ -315,9 +315,7 @@ class LightningModuleTrainer(BaseTrainer):
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Call a hook of the module, if it has one of its own."""
-        if name in self._own:
-            return called_with(getattr(self.module, name), *arguments)
-        return None
+        return self._called(self.module, name, *arguments) if name in self._own else None
 
     def manual_backward(self, loss: Tensor) -> None:
         """What ``self.manual_backward`` does."""
@@ -394,9 +392,15 @@ class LightningModuleTrainer(BaseTrainer):
     def _has_checkpoint_hooks(self) -> bool:
         return bool({"on_save_checkpoint", "on_load_checkpoint"}.intersection(self._own))
 
-    def _call_wrapped(self, name: str, batch: Any, batch_idx: int) -> Any:
-        """Through precision and strategy, as ``forward``."""
-        return called_with(getattr(self._wrapped, name), batch, batch_idx)
+    def _called(self, module: Any, name: str, *arguments: Any) -> Any:
+        """Call a method with as many arguments as it takes.
+
+        Of the wrapped module it runs through precision and strategy, as ``forward`` does.
+        """
+        if name not in self._num_arguments:
+            # Once: a signature takes longer than most hooks.
+            self._num_arguments[name] = num_arguments(getattr(self.module, name))
+        return getattr(module, name)(*arguments[: self._num_arguments[name]])
 
     def _step_of_module(self, name: str, closure: Any = None, **options: Any) -> Any:
         """What ``step`` of ``self.optimizers()`` does."""

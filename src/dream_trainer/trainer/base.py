@@ -31,7 +31,7 @@ from dream_trainer.errors import ConfigError
 from dream_trainer.loggers import Logger
 from dream_trainer.loop import FitLoop
 from dream_trainer.metrics import LoggedValues, Value
-from dream_trainer.randomness import seed_everything
+from dream_trainer.randomness import all_preserved, seed_everything
 from dream_trainer.storage.run_lock import RunLock
 from dream_trainer.trainer.abstract import AbstractTrainer, AbstractTrainerConfig
 from dream_trainer.trainer.closing import close
@@ -48,7 +48,7 @@ from dream_trainer.trainer.run_directory import (
     fresh_experiment_name,
     recorded_or_new_seed,
 )
-from dream_trainer.trainer.run_streams import RunStreams, programs_own_streams
+from dream_trainer.trainer.run_streams import RunStreams
 from dream_trainer.trainer.running import running
 from dream_trainer.trainer.state import (
     OwnState,
@@ -265,7 +265,7 @@ class BaseTrainer(AbstractTrainer):
                 "one: it continues from the last checkpoint."
             )
         if self.world.starts_functions:
-            with programs_own_streams():
+            with all_preserved():
                 bring_back(self, run_on_ranks(self, "fit"))
             return
         with running(self):
@@ -408,7 +408,8 @@ class BaseTrainer(AbstractTrainer):
         Until then the trainer can go on: ``test`` after ``fit``, say. Afterwards its attributes
         hold the modules as they were made; their weights are those of the run, or this rank's
         shards of them. ``with MyTrainer(config) as trainer`` calls it at the end of the block.
-        Every rank calls it. While an exception is under way on several ranks, nothing happens.
+        Every rank calls it. On several ranks a block that an exception leaves does not: others
+        may not come, and the traceback holds the models.
 
         Raises:
             RuntimeError: a run is under way.
@@ -422,8 +423,9 @@ class BaseTrainer(AbstractTrainer):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or not self.world.is_launched or self.world.size == 1:
+            self.close()
 
     def clock(self) -> float:
         """Seconds from any start, for ``max_time``; a test may override it."""

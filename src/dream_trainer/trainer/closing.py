@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import sys
 import warnings
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
 
 def close(trainer: BaseTrainer) -> None:
     """See `BaseTrainer.close`."""
-    if sys.exc_info()[1] is not None and trainer.world.size > 1:
-        return  # other ranks may not come, and the traceback holds the models
     held = [weakref.ref(module) for module in _strategy_modules(trainer)]
     trainer.forget_setup()
     for name, value in list(vars(trainer).items()):

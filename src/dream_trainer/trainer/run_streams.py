@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from dream_trainer.progress import Progress
@@ -41,13 +40,3 @@ class RunStreams:
         self._aside = None
         set_rng_state(state)
         return had_some
-
-
-@contextmanager
-def programs_own_streams() -> Iterator[None]:
-    """After the block the global streams are where they were before it."""
-    outer = rng_state()
-    try:
-        yield
-    finally:
-        set_rng_state(outer)

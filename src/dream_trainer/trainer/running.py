@@ -13,7 +13,7 @@ import torch
 
 from dream_trainer.coordination import Interrupted, Preempted, RankFailedError
 from dream_trainer.coordination.slurm import requeue_slurm_job
-from dream_trainer.trainer.run_streams import programs_own_streams
+from dream_trainer.randomness import all_preserved
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
@@ -50,7 +50,7 @@ def running(trainer: BaseTrainer) -> Iterator[None]:
     try:
         # Signals are requests to the very end: they must not kill a rank that the others need.
         with (
-            programs_own_streams(),
+            all_preserved(),
             trainer.interruption,
             _parting(trainer, end),
             _closing(trainer, end),
