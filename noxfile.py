@@ -72,7 +72,8 @@ def ray(session: nox.Session) -> None:
 def peers(session: nox.Session, folder: Path, *packages: str) -> Path:
     """The Python of an environment with packages on top of the shared one, which stays as it is."""
     run_in_dev(session, "python", "-c", "pass")  # what it adds to comes first
-    stamp, wanted = folder / "installed.txt", f"{sys.version} {folder} {packages}"
+    pins = hashlib.sha256(CONSTRAINTS.read_bytes()).hexdigest()
+    stamp, wanted = folder / "installed.txt", f"{sys.version} {folder} {packages} {pins}"
     if not stamp.exists() or stamp.read_text() != wanted:
         session.run(sys.executable, "-m", "venv", "--clear", str(folder), external=True)
         (dev,) = (DEV / "lib").glob("python*/site-packages")

@@ -21,6 +21,7 @@ from dream_trainer.world.component_state import (
     optimizer_problems,
     optimizer_state,
     parameter_names,
+    parameters_of,
     state_template,
 )
 from dream_trainer.world.wrappers import unwrap
@@ -160,7 +161,7 @@ def trained_alone(
     """Optimizer name -> the model whose parameters it has, where that is one model alone."""
     found = {}
     for name, optimizer in optimizers.items():
-        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        own = set(map(id, parameters_of([optimizer])))
         trained = [
             model for model in models.values() if any(id(p) in own for p in model.parameters())
         ]

@@ -19,7 +19,7 @@ from dream_trainer.errors import ConfigError
 from dream_trainer.trainer.base import BaseTrainer, BaseTrainerConfig
 from dream_trainer.trainer.metric_states import is_metric
 from dream_trainer.world.blocks import blocks_of, shard_blocks
-from dream_trainer.world.component_state import parameter_names
+from dream_trainer.world.component_state import parameter_names, parameters_of
 
 
 @dataclass(kw_only=True)
@@ -305,18 +305,13 @@ class DreamTrainer(BaseTrainer):
                     "Return an optimizer, a list of them, or {model: optimizer}; schedulers come "
                     "from configure_schedulers.",
                 )
-            trained = (
-                names.get(id(p), "").partition(".")[0]
-                for group in optimizer.param_groups
-                for p in group["params"]
-            )
+            trained = (names.get(id(p), "").partition(".")[0] for p in parameters_of([optimizer]))
             owners = "+".join(dict.fromkeys(filter(None, trained))) or "optimizer"
             named[_free_name(key if isinstance(key, str) else owners, named)] = optimizer
         outside = [
             f"optimizer {name} trains a parameter of shape {tuple(p.shape)} that is in no model"
             for name, one in named.items()
-            for group in one.param_groups
-            for p in group["params"]
+            for p in parameters_of([one])
             if id(p) not in names
         ]
         if outside:
@@ -325,9 +320,7 @@ class DreamTrainer(BaseTrainer):
                 outside,
                 "It would not be saved. Assign a module that holds it to self in configure_models.",
             )
-        trained_ids = {
-            id(p) for one in named.values() for group in one.param_groups for p in group["params"]
-        }
+        trained_ids = set(map(id, parameters_of(named.values())))
         idle = [
             f"{name}.{parameter}"
             for name, model in self._models.items()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dream_trainer.trainer.components import Components
-from dream_trainer.world.component_state import clean_name
+from dream_trainer.world.component_state import clean_name, parameters_of
 from dream_trainer.world.sharded import is_dtensor
 
 #: Model -> parameter -> checksum of its bytes.
@@ -27,12 +27,7 @@ class FrozenWeights:
     """
 
     def __init__(self, components: Components) -> None:
-        trained = {
-            id(parameter)
-            for optimizer in components.optimizers.values()
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        }
+        trained = set(map(id, parameters_of(components.optimizers.values())))
         self._frozen = {
             (model, clean_name(name)): (parameter, parameter._version)
             for model, module in components.models.items()

@@ -319,6 +319,13 @@ def unsharded_norm(norm: Tensor) -> Tensor:
     return norm.full_tensor() if is_dtensor(norm) else norm
 
 
+def parameters_of(optimizers: Iterable[Optimizer]) -> Iterator[nn.Parameter]:
+    """The parameters that optimizers train, group by group."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            yield from group["params"]
+
+
 def gradients(optimizers: Iterable[Optimizer]) -> list[Tensor]:
     """The gradients that optimizers would step with."""
     return [
