@@ -42,8 +42,11 @@ class Interpreter:
         lines = parse(text)
         names = ("validation:",)
         self.main = [
-            line for line in lines if line[0] not in names and not line[0].startswith("instead")
+            line
+            for line in lines
+            if line[0] not in names and not line[0].startswith(("instead", "test,", "predict,"))
         ]
+        self.others = {name.partition(",")[0]: body for name, body in lines}
         self.parts = {name[:-1]: body for name, body in lines if name in names}
         self.val_every_n_steps, self.val_every_n_epochs = val_every_n_steps, val_every_n_epochs
         self.step = self.epoch = self.batch = self.validated = 0
@@ -62,7 +65,7 @@ class Interpreter:
             elif line == "for each batch:":
                 for self.batch in range(BATCHES):
                     yield from self.run(body)
-            elif line == "for each validation batch:":
+            elif re.fullmatch("for each (validation batch|test batch|batch to predict on):", line):
                 for _ in range(VAL_BATCHES):
                     yield from self.run(body)
             elif line.startswith("if "):
@@ -103,6 +106,18 @@ def test_a_run_calls_the_hooks_of_the_drawing(
     drawn = Interpreter(DRAWING.read_text(encoding="utf-8"), every_n_steps, every_n_epochs)
     assert recording.calls == list(drawn.run())
     assert trainer.global_step == 4
+
+
+@pytest.mark.parametrize("method", ["test", "predict"])
+def test_what_follows_a_run_calls_the_hooks_of_the_drawing(tmp_path: Path, method: str) -> None:
+    recording = RecordingCallback()
+    trainer = tiny(tmp_path, callbacks={"recording": recording}, enable=False)
+    trainer.predict_step = lambda batch, batch_idx: batch["x"]
+    loader = trainer.configure_dataloaders()[1]
+    getattr(trainer, method)(loader)
+    drawn = Interpreter(DRAWING.read_text(encoding="utf-8"), None, None)
+    after_setup = recording.calls.index("post_setup") + 1
+    assert recording.calls[after_setup:] == [*drawn.run(drawn.others[method]), "close"]
 
 
 def test_the_drawing_has_every_hook_and_no_other() -> None:

@@ -40,6 +40,11 @@ class FitLoop:
         trainer: set up and restored.
         window: the accumulation window that the trainer's ``backward`` and ``step`` use.
         clock: seconds from any start.
+
+    Attributes:
+        is_evaluating: whether a validation, test or prediction is under way.
+        num_evaluation_batches: that it reads on this rank, for a display of progress; None if
+            the loader cannot tell.
     """
 
     def __init__(
@@ -64,6 +69,7 @@ class FitLoop:
         if val_loader is not None:  # a fraction of an unknown length is known now, not in an hour
             trainer.training_parameters.val_batch_limit(val_loader.num_batches)
         self.is_evaluating = False
+        self.num_evaluation_batches: int | None = None
 
     def run(self) -> None:
         """Train until a limit is reached or `stop` was called.
@@ -279,6 +285,14 @@ class FitLoop:
         if limit and self.val_loader is not None:
             self.evaluate(self.val_loader, self.trainer.validation_step, "sanity", limit)
 
+    def test(self, loader: ResumableLoader) -> dict[str, float]:
+        """Run ``test_step`` over a loader; the results are the same on every rank."""
+        trainer = self.trainer
+        trainer.callbacks.pre_test_epoch(trainer)
+        results = self.evaluate(loader, trainer.test_step, "test")
+        trainer.callbacks.post_test_epoch(trainer, results)
+        return results
+
     def evaluate(
         self, loader: ResumableLoader, step: Step, phase: str, limit: int | None = None
     ) -> dict[str, float]:
@@ -293,7 +307,8 @@ class FitLoop:
         trainer = self.trainer
         loader.rewind()
         trainer.place.enter("validation")
-        with self._evaluating(phase), closing(iter(loader)) as batches:
+        pre_step, post_step = self._step_hooks(phase)
+        with self._evaluating(phase, loader, limit), closing(iter(loader)) as batches:
             values = trainer.logged
             for batch_idx, batch in enumerate(itertools.islice(batches, limit)):
                 batch = trainer.batch_to_device(batch)
@@ -301,11 +316,9 @@ class FitLoop:
                 is_filler = loader.num_samples == 0
                 trainer.metrics.enter("filler" if is_filler else phase)
                 trainer.logged = LoggedValues() if is_filler else values
-                if phase == "val":
-                    trainer.callbacks.pre_validation_step(trainer, batch, batch_idx)
+                pre_step(trainer, batch, batch_idx)
                 result = step(batch, batch_idx)
-                if phase == "val":
-                    trainer.callbacks.post_validation_step(trainer, result, batch, batch_idx)
+                post_step(trainer, result, batch, batch_idx)
                 values.add_result(result, loader.num_samples, f"{phase}/")
                 values.resolve()
                 if phase != "sanity" and (phase != "val" or not self._validation_has_hooks):
@@ -328,15 +341,29 @@ class FitLoop:
             Preempted: after a batch, if a scheduler's signal asked for it.
         """
         trainer, results = self.trainer, []
+        callbacks = trainer.callbacks
         loader.rewind()
-        with self._evaluating("predict"), closing(iter(loader)) as batches:
+        callbacks.pre_predict_epoch(trainer)
+        with self._evaluating("predict", loader), closing(iter(loader)) as batches:
             for batch_idx, batch in enumerate(batches):
-                result = trainer.predict_step(trainer.batch_to_device(batch), batch_idx)
+                batch = trainer.batch_to_device(batch)
+                callbacks.pre_predict_step(trainer, batch, batch_idx)
+                result = trainer.predict_step(batch, batch_idx)
                 if loader.num_samples != 0:
+                    callbacks.post_predict_step(trainer, result, batch, batch_idx)
                     results.append(result)
                 self.check()
             trainer.metrics.end("predict")
+        callbacks.post_predict_epoch(trainer, results)
         return results
+
+    def _step_hooks(self, phase: str) -> tuple[Callable[..., None], Callable[..., None]]:
+        callbacks = self.trainer.callbacks
+        if phase == "val":
+            return callbacks.pre_validation_step, callbacks.post_validation_step
+        if phase == "test":
+            return callbacks.pre_test_step, callbacks.post_test_step
+        return _no_hook, _no_hook
 
     @property
     def _validation_has_hooks(self) -> bool:
@@ -347,7 +374,9 @@ class FitLoop:
         return self.trainer.is_fitting and self.trainer.has_validation_hooks
 
     @contextmanager
-    def _evaluating(self, phase: str) -> Iterator[None]:
+    def _evaluating(
+        self, phase: str, loader: ResumableLoader, limit: int | None = None
+    ) -> Iterator[None]:
         """Without gradients, in eval mode, and without a trace in the run's random streams."""
         trainer = self.trainer
         modules = [part for module in trainer.sync_modules for part in module.modules()]
@@ -357,6 +386,8 @@ class FitLoop:
         # Left among the step's, they would be written with the next one, and lost by a restart.
         logged, trainer.logged = trainer.logged, LoggedValues()
         self.is_evaluating = True
+        known = [number for number in (loader.num_batches, limit) if number is not None]
+        self.num_evaluation_batches = min(known, default=None)
         try:
             with all_preserved(), torch.no_grad():
                 seed_everything(derive(trainer.seed, phase, trainer.world.dp_rank))
@@ -396,3 +427,7 @@ class FitLoop:
         now = self._clock()
         self.trainer.progress.seconds += now - self._last_time
         self._last_time = now
+
+
+def _no_hook(*_: Any) -> None:
+    pass

@@ -46,6 +46,9 @@ class At(Callback):
 
 def settings() -> dict[str, Any]:
     """What a run may change in a process, beside random streams."""
+    for thread in threading.enumerate():  # torch ends those of a loader's queues without waiting
+        if thread.name == "QueueFeederThread":
+            thread.join(timeout=10)
     numbers = [n for n in signal.valid_signals() if n not in (signal.SIGKILL, signal.SIGSTOP)]
     return {
         "threads": sorted(thread.name for thread in threading.enumerate()),

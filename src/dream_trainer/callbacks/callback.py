@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
@@ -84,6 +84,32 @@ class Callback:
 
     def post_fit(self, trainer: BaseTrainer) -> None:
         """The run has reached its end."""
+
+    def pre_test_epoch(self, trainer: BaseTrainer) -> None:
+        """``test`` begins."""
+
+    def pre_test_step(self, trainer: BaseTrainer, batch: Any, batch_idx: int) -> None:
+        """Before ``test_step``."""
+
+    def post_test_step(self, trainer: BaseTrainer, result: Any, batch: Any, batch_idx: int) -> None:
+        """After ``test_step``."""
+
+    def post_test_epoch(self, trainer: BaseTrainer, results: Mapping[str, float]) -> None:
+        """``test`` is over; ``results`` are the same on every rank."""
+
+    def pre_predict_epoch(self, trainer: BaseTrainer) -> None:
+        """``predict`` begins."""
+
+    def pre_predict_step(self, trainer: BaseTrainer, batch: Any, batch_idx: int) -> None:
+        """Before ``predict_step``."""
+
+    def post_predict_step(
+        self, trainer: BaseTrainer, result: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After ``predict_step``; not for a batch that only fills up, see `ResumableLoader`."""
+
+    def post_predict_epoch(self, trainer: BaseTrainer, results: Sequence[Any]) -> None:
+        """``predict`` is over; ``results`` are those of this rank, in order."""
 
     def on_interrupt(self, trainer: BaseTrainer) -> None:
         """Ctrl-C or a scheduler's signal ended the run, if at all possible between two batches."""

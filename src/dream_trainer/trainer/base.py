@@ -323,7 +323,7 @@ class BaseTrainer(AbstractTrainer):
             self.prepare()
             self._restore()
             loader = self._adopt(self._loader_of(dataloader, "test"), "test")
-            return self.loop.evaluate(loader, self.test_step, "test")
+            return self.loop.test(loader)
 
     def predict(self, dataloader: Iterable[Any] | None = None) -> list[Any]:
         """Run ``predict_step`` over a loader.
