@@ -1,0 +1,25 @@
+"""Whatever comes in the box resumes exactly: killed after every step, and compared to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import TinyTrainer, tiny_config
+
+from dream_trainer import verify_resume
+
+#: Feature -> (trainer class, options of `tiny_config`).
+FEATURES: dict[str, Callable[[], tuple[type[TinyTrainer], dict[str, Any]]]] = {
+    "none": lambda: (TinyTrainer, {}),
+}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_a_run_with_it_resumes_exactly(feature: str, tmp_path: Path) -> None:
+    kind, options = FEATURES[feature]()
+    whole = {"n_epochs": 3, "num_samples": 12, "dropout": 0.2, "augment": True} | options
+    report = verify_resume(kind, tiny_config(tmp_path, **whole), steps=6, tell=None)
+    assert report.is_exact, report
