@@ -142,6 +142,8 @@ class FitLoop:
         if not self._epoch_has_steps_left or self._train_batches():
             self._require_steps()
             progress.finish_train_epoch()
+            # Also where a limit ended the epoch: a resumed run finds its end by reading on.
+            self.train_loader.set_epoch(progress.epoch + 1)
             callbacks.post_train_epoch(trainer)
 
     def _train_batches(self) -> bool:
