@@ -96,6 +96,12 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none")
+def pictures(session: nox.Session) -> None:
+    """Make the pictures of the pages from real runs (minutes); names after `--` choose some."""
+    run_in_dev(session, "python", "docs/pictures/pictures.py", *session.posargs)
+
+
+@nox.session(venv_backend="none")
 def interop(session: nox.Session) -> None:
     """Kill and resume every example, and runs with other libraries, all of them installed."""
     libraries = "datasets gymnasium mlflow-skinny optuna peft torchdata transformers wandb".split()

@@ -37,6 +37,8 @@ def test_counters_of_two_epochs() -> None:
         "last_batch_finished": False,
         "train_epoch_finished": False,
         "is_epoch_closing": False,
+        "num_skipped_steps": 0,
+        "num_skipped_in_a_row": {},
         "last_validation_step": 6,
     }
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 #: Counters of this process, not of the run: a restart begins them anew.
@@ -45,6 +46,10 @@ class Progress:
     """Whether ``post_train_epoch`` of the epoch under way was called."""
     is_epoch_closing: bool = False
     """Whether ``post_epoch`` of the epoch under way was called."""
+    num_skipped_steps: int = 0
+    """Steps of optimizers that were counted and not taken, as ``on_nonfinite="skip"`` says."""
+    num_skipped_in_a_row: dict[str, int] = field(default_factory=dict)
+    """The same by optimizer, since the last step that it took."""
     last_validation_step: int = -1
     """Value of ``num_steps`` at the last finished validation."""
 
@@ -100,9 +105,10 @@ class Progress:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over counters; those missing keep their value."""
-        known = {field.name for field in fields(self)} - set(_LOCAL)
+        known = {one.name for one in fields(self)} - set(_LOCAL)
         for name in known & state_dict.keys():
-            setattr(self, name, state_dict[name])
+            # A copy: what is given stays as it is.
+            setattr(self, name, copy.copy(state_dict[name]))
 
 
 def reaches_multiple(step: int, every: int, *, after: int) -> bool:

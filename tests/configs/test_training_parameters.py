@@ -19,7 +19,7 @@ def test_all_problems_are_reported_at_once() -> None:
         "overfit_batches": -0.5,
         "max_time": 0.0,
         "gradient_clip_val": -1.0,
-        "on_nonfinite": "skip",
+        "on_nonfinite": "ignore",
     }
     with pytest.raises(ConfigError) as caught:
         TrainingParameters(**wrong)

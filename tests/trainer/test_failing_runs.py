@@ -208,7 +208,10 @@ class Diverges(TinyTrainer):
 
 def test_a_loss_that_is_not_finite_raises_and_names_the_step(tmp_path: Path) -> None:
     trainer = tiny(tmp_path, Diverges, n_epochs=1)
-    with pytest.raises(NonFiniteError, match=r"train/loss is nan at step 3 \(epoch 0\)"):
+    with pytest.raises(
+        NonFiniteError,
+        match=r"train/loss is nan at step 3 \(epoch 0, batch 2\); models.net.0.weight is",
+    ):
         trainer.fit()
     assert list((trainer.run_directory / "checkpoints").glob("step-*")) == []
 

@@ -7,13 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support import TinyTrainer, tiny_config
 
 from dream_trainer import verify_resume
 
+
+class Diverges(TinyTrainer):
+    def compute_loss(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().compute_loss(batch, batch_idx)
+        return loss * float("nan") if batch_idx == 1 and torch.is_grad_enabled() else loss
+
+
+def skips_every_third_step() -> tuple[type[TinyTrainer], dict[str, Any]]:
+    return Diverges, {"on_nonfinite": "skip"}
+
+
 #: Feature -> (trainer class, options of `tiny_config`).
 FEATURES: dict[str, Callable[[], tuple[type[TinyTrainer], dict[str, Any]]]] = {
     "none": lambda: (TinyTrainer, {}),
+    "on_nonfinite": skips_every_third_step,
 }
 
 

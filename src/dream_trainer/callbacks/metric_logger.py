@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dream_trainer.callbacks.callback import Callback
 from dream_trainer.callbacks.row_log import RowLog
@@ -40,6 +40,7 @@ class MetricLogger(Callback):
         self._rows = RowLog()
         self._last_validation_step = self._last_train_epoch = -1
         self._last_step = 0
+        self._batches: dict[int, int] = {}
 
     def pre_fit(self, trainer: BaseTrainer) -> None:
         """Open the logs and cut what a killed run wrote after its last checkpoint."""
@@ -108,14 +109,13 @@ class MetricLogger(Callback):
         rows = self._rows.flush(trainer.world, trainer.loggers.values())
         # A loss scale that is too large makes norms overflow; such steps are skipped as meant.
         watched = _WATCHED[:1] if trainer.world.scales_loss else _WATCHED
+        batches, self._batches = self._batches, {}
+        if trainer.training_parameters.on_nonfinite == "skip":
+            return
         for row in rows:
             for name in watched:
                 if not math.isfinite(row.get(name, 0.0)):
-                    raise NonFiniteError(
-                        f"{name} is {row[name]} at step {row['step']} (epoch {row['epoch']}). "
-                        "Lower the learning rate, set gradient_clip_val, or set "
-                        "detect_anomaly=True to find the operation."
-                    )
+                    _raise_nonfinite(trainer, row, name, batches.get(row["step"]))
 
     def state_dict(self) -> dict[str, Any]:
         """Length of the log after `collect`, and the last epoch and validation in it."""
@@ -135,6 +135,7 @@ class MetricLogger(Callback):
         values, step = trainer.logged.take(), trainer.progress.num_steps
         before, self._last_step = self._last_step, step
         if values and reaches_multiple(step, self.every_n_steps, after=before):
+            self._batches[step] = trainer.progress.num_batches_in_epoch - 1
             self._add_row(trainer, values)
 
     def _take_train_epoch(self, trainer: BaseTrainer) -> None:
@@ -154,6 +155,19 @@ class MetricLogger(Callback):
     def _add_row(self, trainer: BaseTrainer, values: Observations) -> None:
         progress = trainer.progress
         self._rows.add(progress.num_steps, progress.epoch, values)
+
+
+def _raise_nonfinite(
+    trainer: BaseTrainer, row: Mapping[str, Any], name: str, batch: int | None
+) -> NoReturn:
+    where = f"epoch {row['epoch']}" + ("" if batch is None else f", batch {batch}")
+    bad = trainer.first_nonfinite()
+    followed = "" if bad is None else f"; {bad} is not finite by now"
+    raise NonFiniteError(
+        f"{name} is {row[name]} at step {row['step']} ({where}){followed}. Lower the learning "
+        "rate, set gradient_clip_val, set detect_anomaly=True to find the operation, or leave out "
+        'such steps with on_nonfinite="skip".'
+    )
 
 
 def _exact(results: Mapping[str, float]) -> Observations:

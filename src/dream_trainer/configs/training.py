@@ -19,6 +19,7 @@ _COUNTS = (
     "global_batch_size",
     "val_every_n_epochs",
     "val_every_n_steps",
+    "max_skipped_in_a_row",
 )
 #: What a whole number counts; a fraction is of all of them in an epoch.
 _SHARES = {
@@ -68,8 +69,13 @@ class TrainingParameters:
     """Batches of one validation: 1 is one batch, 0.25 a quarter of the loader, 1.0 or None all."""
     num_sanity_val_steps: int = 0
     """Validation batches run before training, to find mistakes early; results are dropped."""
-    on_nonfinite: Literal["raise"] = "raise"
-    """What a NaN or infinity in loss, gradient norm, parameters or optimizer state does."""
+    on_nonfinite: Literal["raise", "skip"] = "raise"
+    """What a NaN or infinity in a loss or in gradients does. ``"raise"`` ends the run where a value
+    leaves the device anyway, and no step waits for it. ``"skip"`` leaves out the optimizer step on
+    all ranks, which costs a norm, a host synchronisation and a small collective in each step."""
+    max_skipped_in_a_row: int | None = 10
+    """Steps that ``on_nonfinite="skip"`` leaves out one after another; one more ends the run. None
+    is no limit."""
     deterministic: bool = False
     """Ask torch for deterministic kernels; ops that have none raise."""
     preemption_signals: list[str] = field(default_factory=lambda: ["SIGTERM", "SIGUSR1"])
@@ -104,8 +110,8 @@ class TrainingParameters:
             for name in names
             if name in ("SIGINT", "SIGKILL", "SIGSTOP") or not hasattr(signal.Signals, str(name))
         ]
-        if self.on_nonfinite != "raise":
-            problems.append(f"on_nonfinite={self.on_nonfinite!r} is not 'raise'")
+        if self.on_nonfinite not in ("raise", "skip"):
+            problems.append(f"on_nonfinite={self.on_nonfinite!r} is neither 'raise' nor 'skip'")
         if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
             problems.append(
                 f"global_batch_size={self.global_batch_size} derives the accumulation; "

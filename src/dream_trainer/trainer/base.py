@@ -39,6 +39,7 @@ from dream_trainer.trainer.components import Components, find_module
 from dream_trainer.trainer.frozen_weights import FrozenWeights
 from dream_trainer.trainer.loaders import adopt_loader, count_training_steps
 from dream_trainer.trainer.metric_phases import MetricPhases
+from dream_trainer.trainer.nonfinite import StepGuard
 from dream_trainer.trainer.optimizer_steps import OptimizerSteps
 from dream_trainer.trainer.presets import Preset, debug, overfit
 from dream_trainer.trainer.ranks_elsewhere import bring_back, run_on_ranks
@@ -54,6 +55,7 @@ from dream_trainer.trainer.state import (
     OwnState,
     apply_state,
     check_finite,
+    first_nonfinite,
     gather_state,
     seed_rank,
 )
@@ -125,6 +127,7 @@ class BaseTrainer(AbstractTrainer):
         watch: the eye on the other ranks.
         streams: the run's random streams.
         window: the accumulation window under way.
+        guard: asked before each step, if ``on_nonfinite`` is ``"skip"``.
         logged: values logged since the last step.
         is_running: whether `fit`, `validate`, `test` or `predict` is under way.
         is_fitting: whether `fit` is under way.
@@ -177,6 +180,7 @@ class BaseTrainer(AbstractTrainer):
         self.streams = RunStreams(self.progress)
         self._loaders: dict[str, ResumableLoader] = {}
         self.window = AccumulationWindow(1, 1, _on_its_own)
+        self.guard: StepGuard | None = None
 
     def _connect(self) -> None:
         """Make what looks at the other ranks and at signals."""
@@ -363,6 +367,8 @@ class BaseTrainer(AbstractTrainer):
             )
             raise TypeError(f"the loss is a tensor with one element, got {found}; call .mean()")
         place = self.place
+        if self.guard is not None:
+            self.guard.note_loss(loss)
         place.enter("backward")
         self._backward(*self.window.weighted(loss, weight))
         place.enter("training_step")
@@ -563,6 +569,10 @@ class BaseTrainer(AbstractTrainer):
         self._is_restored = self.is_resumed = True
         self.streams.lay_aside()
 
+    def first_nonfinite(self) -> str | None:
+        """Name of a parameter, or optimizer state, that is NaN or infinite. A collective."""
+        return first_nonfinite(self)
+
     def checked_state_dict(self) -> dict[str, Any]:
         """`state_dict`, if it may be saved as good.
 
@@ -619,7 +629,9 @@ class BaseTrainer(AbstractTrainer):
             self.named_models(), self.named_optimizers(), self.named_schedulers()
         )
         self.frozen_weights = FrozenWeights(self.components)
-        self._optimizer_steps = OptimizerSteps(self)
+        skips = self.training_parameters.on_nonfinite == "skip"
+        self.guard = StepGuard(self) if skips else None
+        self._optimizer_steps = OptimizerSteps(self, self.guard)
         self._backward = self.world.backward_function()
         self.lock = RunLock(self.run_directory)
         self.checkpointer = checkpointing.Checkpointer(
@@ -637,6 +649,7 @@ class BaseTrainer(AbstractTrainer):
         """Let go of what `prepare` has bound to the models as they are wrapped."""
         if self.is_prepared:
             del self._optimizer_steps, self._backward
+            self.guard = None
             self.window = AccumulationWindow(1, 1, _on_its_own)
 
     def release(self) -> None:

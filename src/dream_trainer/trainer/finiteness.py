@@ -6,15 +6,16 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from dream_trainer.trainer.components import Components
-from dream_trainer.world.component_state import parameter_names
+from dream_trainer.world.component_state import parameter_names, parameters_of
 from dream_trainer.world.sharded import is_dtensor
 
 Named = list[tuple[str, Tensor]]
 
 
-def first_nonfinite(components: Components) -> str | None:
+def first_nonfinite_on_rank(components: Components) -> str | None:
     """Name of the first parameter, or optimizer state, with a NaN or infinity on this rank.
 
     Buffers are not looked at: masks hold infinities on purpose. One host synchronisation, or two if
@@ -24,6 +25,22 @@ def first_nonfinite(components: Components) -> str | None:
     # On the CPU the largest value takes sixteen times as long as a norm. A norm that is finite has
     # finite values; one that is not may have overflowed.
     suspects = _with_infinite_norm(named, 2.0)
+    found = _with_infinite_norm(suspects, float("inf"))
+    return found[0][0] if found else None
+
+
+def first_nonfinite_gradient(components: Components, optimizer: Optimizer) -> str | None:
+    """Name of the first parameter of an optimizer whose gradient is not finite on this rank.
+
+    A host synchronisation, or two if there is something to find.
+    """
+    names = parameter_names(components.models)
+    named = [
+        (names.get(id(parameter), "a parameter"), _local(parameter.grad))
+        for parameter in parameters_of([optimizer])
+        if parameter.grad is not None
+    ]
+    suspects = _with_infinite_norm([one for one in named if one[1].numel()], 2.0)
     found = _with_infinite_norm(suspects, float("inf"))
     return found[0][0] if found else None
 

@@ -18,6 +18,7 @@ from dream_trainer.world.wrappers import unwrap
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
+    from dream_trainer.trainer.nonfinite import StepGuard
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,16 @@ class OptimizerSteps:
 
     Args:
         trainer: set up.
+        guard: asked before each step; None where every step is taken.
 
     Raises:
         ConfigError: a scheduler needs a metric to step.
     """
 
-    def __init__(self, trainer: BaseTrainer) -> None:
+    def __init__(self, trainer: BaseTrainer, guard: StepGuard | None = None) -> None:
         from dream_trainer.world.direct import optimizer_to_step
 
-        self._trainer = trainer
+        self._trainer, self._guard = trainer, guard
         optimizers = trainer.named_optimizers()
         schedulers = steppable_schedulers(trainer)
         modules = trained_alone(trainer.named_models(), optimizers)
@@ -87,12 +89,15 @@ class OptimizerSteps:
         if factor is not None:
             scale(gradients([optimizer]), factor)
         callbacks.pre_optimizer_step(trainer, optimizer)
-        norm = None
-        if parameters.gradient_clip_val is not None or parameters.track_grad_norm:
+        norm, guard = None, self._guard
+        is_asked_for = parameters.gradient_clip_val is not None or parameters.track_grad_norm
+        if is_asked_for or guard is not None:
             norm = trainer.world.clip_gradients(
                 optimizer, max_norm=parameters.gradient_clip_val, module=bound.module
             )
-        bound.stepped.step()
+        is_taken = guard is None or norm is None or guard.allows(bound.name, bound.own, norm)
+        if is_taken:
+            bound.stepped.step()
         if bound.forgets_gradients:
             for group in bound.own.param_groups:
                 for parameter in group["params"]:
@@ -103,9 +108,11 @@ class OptimizerSteps:
             bound.scheduler.step()
         if window.count_step(bound.name):
             trainer.progress.finish_step()
+        if guard is not None:
+            guard.finish_step(bound.name, is_taken)
         callbacks.post_optimizer_step(trainer, optimizer)
         trainer.place.enter("training_step")
-        return norm
+        return norm if is_asked_for else None
 
     def _find(self, given: Optimizer | str | None) -> BoundOptimizer:
         names = ", ".join(self._bound)

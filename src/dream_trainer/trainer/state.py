@@ -11,7 +11,7 @@ from dream_trainer.callbacks import MetricLogger
 from dream_trainer.errors import NonFiniteError, StateError
 from dream_trainer.progress import Progress
 from dream_trainer.randomness import derive, seed_everything, set_rng_state
-from dream_trainer.trainer.finiteness import first_nonfinite
+from dream_trainer.trainer.finiteness import first_nonfinite_on_rank
 from dream_trainer.trainer.frozen_weights import Checksums, without
 from dream_trainer.world.component_state import load_training_condition, training_condition
 from dream_trainer.world.gradient_sync import keep_reducing_gradients
@@ -109,6 +109,9 @@ def apply_state(trainer: BaseTrainer, state: Mapping[str, Any], strict: bool) ->
         trainer.stop_reason = own.get("stop_reason")
     trainer.validation_results = dict(own.get("validation_results", {}))
     trainer.window.load_state_dict({})
+    if trainer.guard is not None:
+        in_window = own.get("window") or {} if is_same_rank else {}
+        trainer.guard.load_state_dict(in_window.get("guard", {}))
     if is_same_rank:
         trainer.metrics.load_state_dict(own.get("metrics", {}))
         trainer.logged.load_state_dict(copy.deepcopy(own.get("logged", {})))
@@ -143,7 +146,8 @@ def _is_same_rank(trainer: BaseTrainer, state: Mapping[str, Any]) -> bool:
 
 def _window_state(trainer: BaseTrainer) -> dict[str, Any]:
     gradients = window_gradients(trainer.components.models)
-    return {**trainer.window.state_dict(), "gradients": gradients}
+    guard = {} if trainer.guard is None else {"guard": trainer.guard.state_dict()}
+    return {**trainer.window.state_dict(), "gradients": gradients, **guard}
 
 
 def _before_window(state: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -184,16 +188,20 @@ def seed_rank(trainer: BaseTrainer) -> None:
     seed_everything(derive(trainer.seed, "train", trainer.global_step, trainer.world.dp_rank))
 
 
+def first_nonfinite(trainer: BaseTrainer) -> str | None:
+    """Name of the first parameter, or optimizer state, that is not finite on any rank."""
+    own = first_nonfinite_on_rank(trainer.components)
+    return next((name for name in trainer.world.all_gather_object(own) if name is not None), None)
+
+
 def check_finite(trainer: BaseTrainer) -> None:
     """Refuse a state with NaN or infinity in parameters or optimizer state.
 
     Raises:
         NonFiniteError: on every rank, if something on any rank is not finite.
     """
-    bad = first_nonfinite(trainer.components)
-    found = [name for name in trainer.world.all_gather_object(bad) if name is not None]
-    if found:
+    if (bad := first_nonfinite(trainer)) is not None:
         raise NonFiniteError(
-            f"{found[0]} is not finite at step {trainer.global_step} (epoch "
+            f"{bad} is not finite at step {trainer.global_step} (epoch "
             f"{trainer.current_epoch}); no checkpoint was written. The newest one is from before."
         )
