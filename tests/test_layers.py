@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1] / "src" / PACKAGE
 #: From top to bottom. A module imports from lower layers, or from its own name's family.
 LAYERS = (
     ("__main__",),
-    ("cli",),
+    ("cli", "testing"),
     ("dropin", "lightning_modules", "planning", "reporting", "verification"),
     ("trainer.dream",),
     ("trainer.base",),

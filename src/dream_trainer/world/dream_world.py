@@ -56,6 +56,8 @@ T = TypeVar("T")
 _NOTHING = nullcontext()
 #: Strategies that leave parameters and gradients as torch has them, whole or as DTensors.
 _PLAIN = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
+#: The older name warns on every rank from torch 2.13 on.
+_gather_tensors = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 #: Fabric lets these win over its arguments without a word.
 _OVERRIDES = ("LT_ACCELERATOR", "LT_STRATEGY", "LT_DEVICES", "LT_NUM_NODES", "LT_PRECISION")
 
@@ -463,7 +465,7 @@ class DreamWorld:
             return self._fabric.all_gather(data)
         # Fabric's is differentiable, and has the ranks meet at a barrier before it.
         gathered = data.new_empty(self.size * data.numel())
-        dist.all_gather_into_tensor(gathered, data.reshape(-1))
+        _gather_tensors(gathered, data.reshape(-1))
         return gathered.view(self.size, *data.shape)
 
     def all_reduce(self, data: Any, op: str = "mean") -> Any:
