@@ -10,7 +10,7 @@ from torch import Tensor
 from dream_trainer.world.sharded import is_dtensor
 
 if TYPE_CHECKING:
-    from dream_trainer.trainer import BaseTrainer
+    from dream_trainer.trainer.base import BaseTrainer
 
 
 def flat_state(state: Any, path: str = "") -> dict[str, Any]:

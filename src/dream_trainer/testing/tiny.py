@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 
 from dream_trainer.configs import CheckpointParameters, DeviceParameters, TrainingParameters
-from dream_trainer.trainer import DreamTrainer, DreamTrainerConfig
+from dream_trainer.trainer.dream import DreamTrainer, DreamTrainerConfig
 
 Batch = Mapping[str, Tensor]
 Trainer = TypeVar("Trainer", bound="TinyTrainer")
