@@ -41,6 +41,12 @@ if TYPE_CHECKING:
         DreamTrainer,
         DreamTrainerConfig,
     )
+    from dream_trainer.tuning import (
+        BatchSizeResult,
+        LearningRateResult,
+        find_batch_size,
+        find_learning_rate,
+    )
     from dream_trainer.verification import ResumeReport, verify_resume
     from dream_trainer.world import DreamFabric, DreamWorld, MeshStrategy
 
@@ -76,6 +82,12 @@ _HOMES = {
         "DreamTrainer",
         "DreamTrainerConfig",
     ),
+    "tuning": (
+        "BatchSizeResult",
+        "LearningRateResult",
+        "find_batch_size",
+        "find_learning_rate",
+    ),
     "verification": ("ResumeReport", "verify_resume"),
     "world": ("DreamFabric", "DreamWorld", "MeshStrategy"),
 }
@@ -86,6 +98,7 @@ __all__ = [
     "AbstractTrainerConfig",
     "BaseTrainer",
     "BaseTrainerConfig",
+    "BatchSizeResult",
     "Callback",
     "CheckpointCallback",
     "CheckpointParameters",
@@ -99,6 +112,7 @@ __all__ = [
     "DreamWorld",
     "Duration",
     "LearningRateMonitor",
+    "LearningRateResult",
     "LightningModuleTrainer",
     "LightningModuleTrainerConfig",
     "Link",
@@ -112,6 +126,8 @@ __all__ = [
     "Size",
     "TrainingParameters",
     "export_checkpoint",
+    "find_batch_size",
+    "find_learning_rate",
     "plan_run",
     "verify_resume",
 ]
