@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import random
 from pathlib import Path
@@ -112,7 +113,8 @@ def test_streams_of_the_program_callbacks_and_configuration_stay_as_they_were(
     a_test(config, Drawing)
     assert flat(rng_state()) == streams
     assert recording.calls == []
-    assert config == before and list(config.callbacks) == ["progress", "recording"]
+    assert config == before
+    assert list(config.callbacks) == ["progress", "recording"]
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -239,8 +241,9 @@ def test_rates_grow_and_groups_keep_their_ratio(tmp_path: Path) -> None:
 
     result = find_learning_rate(make, tiny_config(tmp_path), min_lr=1e-5, max_lr=1e-2, steps=10)
     assert result.configured == pytest.approx(0.02)
-    assert result.lrs[0] == 1e-5 and result.lrs[-1] == pytest.approx(1e-2)
-    ratios = {round(after / before, 6) for before, after in zip(result.lrs, result.lrs[1:])}
+    assert result.lrs[0] == 1e-5
+    assert result.lrs[-1] == pytest.approx(1e-2)
+    ratios = {round(after / before, 6) for before, after in itertools.pairwise(result.lrs)}
     assert ratios == {round(1000 ** (1 / 9), 6)}
     expected = [(lr, 5 * lr) for lr in result.lrs]
     assert np.allclose(made[0].used, expected, rtol=1e-6)
@@ -279,7 +282,8 @@ def test_one_optimizer_or_all(tmp_path: Path) -> None:
     both = a_test(config, Two, loss="rate_b", **wide)
     assert np.allclose(both.losses, 3 * np.array(both.lrs))
     alone = a_test(config, Two, optimizer="b", loss="rate_a", **wide)
-    assert set(alone.losses) == {0.1} and alone.configured == 0.3
+    assert set(alone.losses) == {0.1}
+    assert alone.configured == 0.3
     with pytest.raises(ConfigError, match="no optimizer 'c'"):
         a_test(config, Two, optimizer="c")
     with pytest.raises(ConfigError, match="there is: loss, rate_a, rate_b"):
@@ -293,7 +297,8 @@ def test_a_loss_that_is_not_finite_ends_it(tmp_path: Path) -> None:
             return loss * math.nan if self.global_step == 12 else loss
 
     result = a_test(tiny_config(tmp_path), Broken, early_stop_threshold=None)
-    assert result.is_diverged and len(result.losses) == 13
+    assert result.is_diverged
+    assert len(result.losses) == 13
     assert len(result.smoothed) == 12
 
 
@@ -325,7 +330,8 @@ def test_the_suggestion_is_where_a_noisy_loss_falls_fastest() -> None:
     # Falls around the point 60, and blows up behind the point 85.
     curve = [2.5 - 2 / (1 + math.exp((60 - i) / 4)) + max(0, i - 85) ** 2 for i in range(100)]
     result = result_of([float(c + n) for c, n in zip(curve, noise, strict=True)])
-    assert result.suggestion is not None and result.factor is not None
+    assert result.suggestion is not None
+    assert result.factor is not None
     assert abs(result.lrs.index(result.suggestion) - 60) <= 4
     assert result.factor == result.suggestion / 1e-3
     assert f"suggestion {result.suggestion:.2g}" in str(result)
@@ -340,7 +346,8 @@ def test_smoothing_does_not_lag() -> None:
 @pytest.mark.parametrize("losses", [[1.0] * 50, [1.0 + i for i in range(50)], [1.0, math.nan]])
 def test_without_a_fall_there_is_no_suggestion(losses: list[float]) -> None:
     result = result_of(losses)
-    assert result.suggestion is None and result.factor is None
+    assert result.suggestion is None
+    assert result.factor is None
     assert "no suggestion" in str(result)
 
 

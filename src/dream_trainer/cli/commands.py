@@ -11,6 +11,12 @@ from typing import TYPE_CHECKING, Any
 from dream_trainer.cli.checkpoints import add_checkpoints_command
 from dream_trainer.cli.completion import add_completion_command
 from dream_trainer.cli.export import add_export_command
+from dream_trainer.cli.find_batch_size import (
+    FIND_BATCH_SIZE_HELP,
+    add_find_batch_size_options,
+    run_find_batch_size,
+)
+from dream_trainer.cli.find_lr import FIND_LR_HELP, add_find_lr_options, check_output, find_lr
 from dream_trainer.cli.plan import PLAN_HELP, add_plan_options, plan, require_ranks
 from dream_trainer.cli.report import add_report_command
 from dream_trainer.cli.verify_resume import (
@@ -143,6 +149,16 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "verify-resume": Command(
         VERIFY_RESUME_HELP, run_verify_resume, add_verify_resume_options, makes_trainer=False
+    ),
+    "find-lr": Command(
+        FIND_LR_HELP, find_lr, add_find_lr_options, makes_trainer=False, check=check_output
+    ),
+    "find-batch-size": Command(
+        FIND_BATCH_SIZE_HELP,
+        run_find_batch_size,
+        add_find_batch_size_options,
+        makes_trainer=False,
+        check=check_output,
     ),
     "plan": Command(PLAN_HELP, plan, add_plan_options, makes_trainer=False, check=require_ranks),
 }

@@ -43,8 +43,8 @@ class DreamCLI:
         config: the configuration.
         arguments: all that was parsed, with the options of `add_arguments`, as objects.
         own: the options of the subcommand itself.
-        trainer: the trainer, made from ``config``; None for ``plan`` and ``verify-resume``, which
-            make their own.
+        trainer: the trainer, made from ``config``; None for commands that make their own:
+            ``plan``, ``verify-resume``, ``find-lr`` and ``find-batch-size``.
         result: what the subcommand returned; None before it has run.
 
     Raises:

@@ -123,7 +123,9 @@ class LearningRateResult:
         if values:
             lines += [_sparkline(values), f"lowest smoothed loss {min(values):.4g}"]
         if self.suggestion is None:
-            return "\n".join([*lines, "no suggestion: the loss does not fall. Try other rates."])
+            return "\n".join(
+                [*lines, "no suggestion: the loss does not fall. Try other rates, or more steps."]
+            )
         lines.append(
             f"suggestion {self.suggestion:.2g} ({self.factor:.2g} x the configured "
             f"{self.configured:.2g})"

@@ -17,8 +17,9 @@ from dream_trainer.trainer.base import BaseTrainer, BaseTrainerConfig
 from dream_trainer.verification.comparison import Comparison, Fault
 from dream_trainer.verification.diagnosis import diagnose
 from dream_trainer.verification.observer import Place
+from dream_trainer.verification.processes import StartMethod, default_start_method
 from dream_trainer.verification.report import ResumeReport
-from dream_trainer.verification.runs import Run, Runner, StartMethod, default_start_method
+from dream_trainer.verification.runs import Run, Runner
 
 Config = TypeVar("Config", bound=BaseTrainerConfig)
 
