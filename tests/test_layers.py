@@ -15,16 +15,8 @@ ROOT = Path(__file__).parents[1] / "src" / PACKAGE
 #: From top to bottom. A module imports from lower layers, or from its own name's family.
 LAYERS = (
     ("__main__",),
-    (
-        "cli",
-        "dropin",
-        "lightning_modules",
-        "planning",
-        "reporting",
-        "testing",
-        "tuning",
-        "verification",
-    ),
+    ("cli", "testing"),
+    ("dropin", "lightning_modules", "planning", "reporting", "tuning", "verification"),
     ("trainer.dream",),
     ("trainer.base",),
     ("trainer.abstract",),  # and every other part that the trainers are made of
