@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from support import (
+    Points,
     RecordingCallback,
     TinyConfig,
     TinyTrainer,
@@ -22,9 +23,14 @@ from support import (
     tiny_config,
 )
 from torch import nn
+from torch.utils.data import DataLoader
 
-from dream_trainer import find_learning_rate
-from dream_trainer.configs import DeviceParameters
+from dream_trainer import (
+    LightningModuleTrainer,
+    LightningModuleTrainerConfig,
+    find_learning_rate,
+)
+from dream_trainer.configs import DeviceParameters, TrainingParameters
 from dream_trainer.errors import ConfigError
 from dream_trainer.randomness import preserved, rng_state
 from dream_trainer.tuning import LearningRateResult
@@ -359,3 +365,45 @@ def test_a_picture(tmp_path: Path) -> None:
     assert tuple(lines["loss"].get_ydata()) == result.losses
     result.save(tmp_path / "rates.png")
     assert (tmp_path / "rates.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---------------------------------------------------------------------- other ways to train
+
+
+def test_ranks_that_are_forked_for_a_notebook_send_their_result_home(tmp_path: Path) -> None:
+    forked = DeviceParameters(accelerator="cpu", devices=2, strategy="ddp_fork")
+    with preserved():
+        result = a_test(tiny_config(tmp_path, device_parameters=forked), TinyTrainer)
+    assert len(result.losses) == len(result.lrs) >= 10
+    assert result.configured == 0.05
+
+
+def test_a_lightning_module_with_a_schedule_of_its_own(tmp_path: Path) -> None:
+    pytorch = pytest.importorskip("lightning.pytorch")
+
+    class Lit(pytorch.LightningModule):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(3, 1)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return (self.net(batch["x"]) - batch["y"]).square().mean()
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=5)
+            return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+        def train_dataloader(self) -> Any:
+            return DataLoader(Points(24), 4, shuffle=True)
+
+    config = LightningModuleTrainerConfig(
+        root_dir=str(tmp_path),
+        device_parameters=DeviceParameters(accelerator="cpu"),
+        training_parameters=TrainingParameters(n_epochs=1),
+    )
+    result = find_learning_rate(
+        lambda given: LightningModuleTrainer(given, Lit()), config, min_lr=1e-4, steps=12
+    )
+    assert len(result.losses) == 12
+    assert result.configured == 0.1

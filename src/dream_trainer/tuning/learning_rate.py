@@ -104,7 +104,7 @@ def _without_traces(
     made.callbacks = CallbackList({**kept, _NAME: test})
     made.loggers = {}
     # A scheduler that is stepped may change momentum, or refuse more steps than it was made for.
-    vars(made)["get_scheduler_from_optimizer"] = _no_scheduler
+    vars(made)["named_schedulers"] = _no_schedulers
     return made
 
 
@@ -140,8 +140,8 @@ def _for_test(config: BaseTrainerConfig, steps: int) -> BaseTrainerConfig:
     return copied
 
 
-def _no_scheduler(optimizer: Any) -> None:
-    return None
+def _no_schedulers() -> dict[str, Any]:
+    return {}
 
 
 def _require(

@@ -95,6 +95,10 @@ class RangeTest(Callback):
         Raises:
             ConfigError: there is nothing to try.
         """
+        from dream_trainer.lightning_modules import LightningModuleTrainer  # it loads Fabric
+
+        if isinstance(trainer, LightningModuleTrainer):
+            trainer.schedules = []  # a module's own schedules are no schedulers of the trainer
         optimizers, name = trainer.named_optimizers(), self.sweep.optimizer
         if name is not None and name not in optimizers:
             raise ConfigError(

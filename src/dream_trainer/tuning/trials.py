@@ -146,13 +146,12 @@ class Trials:
                 return told
             if self._store is not None and self._store.check([f"end/{number}"]):
                 return told
-        if open_pipes and not told:
-            text = f"it was not done after {self._timeout:.0f} s"
-            told |= {rank: RankOutcome("failed", text) for rank, _ in open_pipes.values()}
-        return told
+        text = f"it was not done after {self._timeout:.0f} s"
+        late = RankOutcome("failed", text, is_consequence=bool(told))
+        return told | {rank: late for rank, _ in open_pipes.values()}
 
     def _told(self, pipe: Any, rank: int, process: Any) -> RankOutcome:
-        with suppress(EOFError, pickle.UnpicklingError):
+        with suppress(EOFError, OSError, pickle.UnpicklingError):
             outcome: RankOutcome = pipe.recv()
             return outcome
         process.join(_SECONDS_TO_TELL)
