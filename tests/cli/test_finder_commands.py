@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import contextlib
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support import TinyTrainer
+from support import TinyTrainer, run_ranks
 
 from dream_trainer import BatchSizeResult, LearningRateResult
 from dream_trainer.cli import DreamCLI
@@ -81,31 +80,16 @@ def test_mistakes_are_told_before_anything_is_tried(capsys: pytest.CaptureFixtur
     assert "--steps" in refused(capsys, "find-lr", "--steps", "many", *LIMITS)
 
 
-PROGRAM = """
-import sys
-sys.path[:0] = {path!r}
-from support import TinyTrainer
-from dream_trainer import DreamCLI
-
-if __name__ == "__main__":
-    DreamCLI(TinyTrainer)
-"""
+def _said_on_a_rank(words: list[str]) -> str:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        DreamCLI(TinyTrainer, words)
+    return said.getvalue()
 
 
-def test_under_torchrun_one_rank_speaks(tmp_path: Path) -> None:
-    Path("train.py").write_text(PROGRAM.format(path=sys.path))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py"]
-    said = {}
-    for name, words in (("rates", RATES), ("sizes", [*SIZES, "--max_size", "8"])):
-        done = subprocess.run(
-            [*launch, *words],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stderr
-        said[name] = done.stdout.splitlines()
-    assert sum("steps from 0.0001" in line for line in said["rates"]) == 1
-    assert sum(line.startswith("set it with --batch_size 8") for line in said["sizes"]) == 1
-    assert not (tmp_path / "runs").exists()
+@pytest.mark.parametrize("words", [RATES, [*SIZES, "--max_size", "8"]], ids=["rates", "sizes"])
+def test_on_ranks_the_first_speaks(words: list[str], tmp_path: Path) -> None:
+    first, second = run_ranks(2, _said_on_a_rank, words)
+    assert first.count("suggestion") + first.count("set it with") == 1
+    assert second == ""
+    assert list(tmp_path.iterdir()) == []
