@@ -302,7 +302,8 @@ def test_a_loss_that_is_not_finite_ends_it(tmp_path: Path) -> None:
             loss = super().compute_loss(batch, batch_idx)
             return loss * math.nan if self.global_step == 12 else loss
 
-    result = a_test(tiny_config(tmp_path), Broken, early_stop_threshold=None)
+    config = tiny_config(tmp_path, on_nonfinite="skip")
+    result = a_test(config, Broken, early_stop_threshold=None)
     assert result.is_diverged
     assert len(result.losses) == 13
     assert len(result.smoothed) == 12

@@ -120,6 +120,7 @@ def _for_test(config: BaseTrainerConfig, steps: int) -> BaseTrainerConfig:
         val_every_n_epochs=None,
         val_every_n_steps=None,
         num_sanity_val_steps=0,
+        on_nonfinite="raise",  # steps that are left out have no end; the test ends at the first
     )
     bare.checkpoint_parameters = dataclasses.replace(
         config.checkpoint_parameters, enable=False, resume="never"
