@@ -11,6 +11,17 @@ from typing import TYPE_CHECKING, Any
 from dream_trainer.cli.checkpoints import add_checkpoints_command
 from dream_trainer.cli.completion import add_completion_command
 from dream_trainer.cli.export import add_export_command
+from dream_trainer.cli.inspection import (
+    BENCHMARK_HELP,
+    GRAPH_BREAKS_HELP,
+    PROFILE_HELP,
+    add_benchmark_options,
+    add_graph_breaks_options,
+    add_profile_options,
+    run_benchmark,
+    run_find_graph_breaks,
+    run_profile,
+)
 from dream_trainer.cli.plan import PLAN_HELP, add_plan_options, plan, require_ranks
 from dream_trainer.cli.report import add_report_command
 from dream_trainer.cli.verify_resume import (
@@ -143,6 +154,11 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "verify-resume": Command(
         VERIFY_RESUME_HELP, run_verify_resume, add_verify_resume_options, makes_trainer=False
+    ),
+    "benchmark": Command(BENCHMARK_HELP, run_benchmark, add_benchmark_options, makes_trainer=False),
+    "profile": Command(PROFILE_HELP, run_profile, add_profile_options, makes_trainer=False),
+    "find-graph-breaks": Command(
+        GRAPH_BREAKS_HELP, run_find_graph_breaks, add_graph_breaks_options, makes_trainer=False
     ),
     "plan": Command(PLAN_HELP, plan, add_plan_options, makes_trainer=False, check=require_ranks),
 }
