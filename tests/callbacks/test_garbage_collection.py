@@ -62,9 +62,7 @@ def test_it_collects_at_its_steps_and_python_at_no_other(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("was_enabled", [True, False])
 @pytest.mark.parametrize("end", ["well", "failed", "interrupted", "with a failing neighbour"])
-def test_the_state_of_the_collector_comes_back(
-    tmp_path: Path, end: str, was_enabled: bool
-) -> None:
+def test_the_state_of_the_collector_comes_back(tmp_path: Path, end: str, was_enabled: bool) -> None:
     class Ending(Callback):
         def post_train_step(self, trainer: Any, result: Any, batch: Any, batch_idx: int) -> None:
             assert not gc.isenabled()

@@ -35,14 +35,17 @@ class CompileReport:
 
     @property
     def is_clean(self) -> bool:
-        """Whether there is neither a break nor a recompilation."""
-        return not (self.breaks or self.recompilations)
+        """Whether something was compiled, without a break and without a recompilation."""
+        return self.graphs > 0 and not (self.breaks or self.recompilations)
 
     def __str__(self) -> str:
-        lines = [
-            f"{self.steps} batches, {self.graphs} graphs, {_counted(self.breaks, 'graph break')}, "
-            f"{_counted(self.recompilations, 'recompilation')}"
-        ]
+        counts = (
+            f"{self.steps} batches",
+            f"{self.graphs} graph{'s' * (self.graphs != 1)}",
+            _counted(self.breaks, "graph break"),
+            _counted(self.recompilations, "recompilation"),
+        )
+        lines = [", ".join(counts)]
         if not self.graphs:
             lines.append(
                 "nothing was compiled: torch's own modules, an nn.Sequential for one, have no code "
@@ -170,5 +173,7 @@ def _tensors(batch: Any) -> list[torch.Tensor]:
 
 
 def _counted(found: tuple[GraphBreak, ...] | tuple[Recompilation, ...], noun: str) -> str:
+    if not found:
+        return f"no {noun}"
     times = sum(one.times for one in found)
-    return f"{times} {noun}{'s' * (times != 1)} at {len(found)} place{'s' * (len(found) != 1)}"
+    return f"{times} {noun}{'s' * (times != 1)}"
