@@ -157,7 +157,6 @@ class FitLoop:
             self._place.enter("loader")
             for batch in batches:
                 if self._moves_batches:
-                    self._place.enter("to device")
                     batch = self.trainer.batch_to_device(batch)
                 is_window_end = self.train_step(batch)
                 if is_window_end:

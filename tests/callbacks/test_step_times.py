@@ -129,6 +129,19 @@ def test_all_phases_of_a_run_are_told_and_the_run_is_the_same(tmp_path: Path) ->
     assert timed.callbacks.on_boundary.__name__ != "counted"
 
 
+class Moving(TinyTrainer):
+    def batch_to_device(self, batch: Any) -> Any:
+        return dict(batch)
+
+
+def test_moving_a_batch_is_a_phase_of_its_own_where_batches_move(tmp_path: Path) -> None:
+    times = StepTimes()
+    trainer = tiny(tmp_path, Moving, callbacks={"times": times})
+    trainer.fit()
+    assert {one.phase: one.steps for one in times.summary}["to device"] == 11
+    assert "batch_to_device" not in vars(trainer)
+
+
 class Rows:
     """A logger."""
 

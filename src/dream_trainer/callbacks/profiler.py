@@ -141,6 +141,7 @@ class Profiler(Callback):
 
     def close(self, trainer: BaseTrainer) -> None:
         """End a recording that the run's end has cut short; it is thrown away."""
+        self._first_steps = iter(())
         if self._profile is not None:
             recording, self._profile = self._profile, None
             recording.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from dream_trainer.callbacks.callback import Callback
@@ -65,6 +66,7 @@ class StepTimes(Callback):
         self._spreads, self._recent = StepSpreads(), StepSpreads()
         self._clock: PhaseClock | None = None
         self._num_skipped, self._last_step = 0, -1
+        self._undo = ExitStack()
 
     def pre_fit(self, trainer: BaseTrainer) -> None:
         """Begin to count."""
@@ -79,6 +81,14 @@ class StepTimes(Callback):
             return clock.around("save" if saves else "callbacks", call)
 
         trainer.callbacks.surround(around)
+        self._undo.callback(trainer.callbacks.surround, None)
+        self._undo.callback(trainer.place.observe, None)
+        if trainer.moves_batches:
+            own, name = vars(trainer), "batch_to_device"
+            before = {name: own[name]} if name in own else {}
+            own[name] = clock.around("to device", trainer.batch_to_device)
+            self._undo.callback(own.update, before)
+            self._undo.callback(own.pop, name)  # first
 
     def on_boundary(self, trainer: BaseTrainer) -> None:
         """Take the times of the step."""
@@ -117,10 +127,8 @@ class StepTimes(Callback):
 
     def close(self, trainer: BaseTrainer) -> None:
         """Count no more."""
-        if self._clock is not None:
-            self._clock = None
-            trainer.place.observe(None)
-            trainer.callbacks.surround(None)
+        self._clock = None
+        self._undo.close()
 
     def _print_own(self, trainer: BaseTrainer) -> None:
         # The others may never come to a collective.

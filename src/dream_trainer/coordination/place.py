@@ -17,7 +17,6 @@ PHASES = (
     "setup",
     "restore",
     "loader",
-    "to device",
     "training_step",
     "backward",
     "optimizer step",
