@@ -73,10 +73,15 @@ def test_a_run_on_disk_is_not_touched(tmp_path: Path) -> None:
 
 
 def test_callbacks_of_the_configuration_run_along(tmp_path: Path) -> None:
-    remembering = Remembering()
+    class Writing(Remembering):
+        def post_fit(self, trainer: Any) -> None:
+            (trainer.run_directory / "steps.txt").write_text(str(self.steps))
+
+    remembering = Writing()
     config = tiny_config(tmp_path, callbacks={"mine": remembering})
     benchmark(TinyTrainer, config, steps=2, warmup=1)
     assert remembering.steps == [1, 2, 3]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_that_ends_too_early_says_so(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import linecache
 import logging
 import os
 import re
+import textwrap
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,11 +44,12 @@ class GraphBreak:
 
     def __str__(self) -> str:
         times = f" ({self.times} times)" if self.times > 1 else ""
-        lines = [f"  {self.file}:{self.line}{times}: {self.reason}"]
+        lines = [f"  {self.file}:{self.line}{times}"]
         if code := _code(self.file, self.line):
             lines.append(f"      {code}")
+        lines.append(_wrapped(self.reason))
         if self.hint:
-            lines.append(f"      hint: {self.hint}")
+            lines.append(_wrapped(f"hint: {self.hint}"))
         return "\n".join(lines)
 
 
@@ -70,9 +72,10 @@ class Recompilation:
 
     def __str__(self) -> str:
         times = f" ({self.times} times)" if self.times > 1 else ""
-        lines = [f"  {self.file}:{self.line}: {self.function}{times}: {self.guard}"]
+        lines = [f"  {self.file}:{self.line} {self.function}{times}"]
+        lines.append(_wrapped(f"did not hold: {self.guard}"))
         if self.source:
-            lines.append(f"      {self.source}")
+            lines.append(f"      from {self.source}")
         return "\n".join(lines)
 
 
@@ -188,6 +191,10 @@ def _cause(text: str, file: str) -> tuple[str, str]:
         return condition, f"{path}:{line}: {_code(path, line) or comment['code']}"
     path = file if file.endswith(comment["file"]) else comment["file"]
     return condition, f"{path}:{comment['line']}: {comment['code']}"
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 96, initial_indent=" " * 6, subsequent_indent=" " * 8)
 
 
 def _code(file: str, line: int) -> str:

@@ -31,6 +31,13 @@ class Answer(Callback):
         (self.folder / f"{trainer.world.rank:08d}").write_bytes(pickle.dumps(what))
 
 
+class _RunDirectory(Callback):
+    """Makes the directory that callbacks of a run with checkpoints may count on."""
+
+    def pre_fit(self, trainer: BaseTrainer) -> None:
+        trainer.run_directory.mkdir(parents=True, exist_ok=True)
+
+
 def run_thrown_away(
     make_trainer: Callable[[Any], BaseTrainer],
     config: BaseTrainerConfig,
@@ -43,8 +50,8 @@ def run_thrown_away(
 ) -> Any:
     """Fit a trainer for some steps, from the weights that a new run starts from.
 
-    Nothing of the run directory is read or written, and there are no loggers and no validation.
-    ``config`` stays as it is.
+    There are no checkpoints, no loggers and no validation. The run directory is a folder that is
+    removed, for what callbacks of the user's write there. ``config`` stays as it is.
 
     Args:
         make_trainer: a trainer class, or a function from a configuration to a trainer.
@@ -81,8 +88,11 @@ def run_thrown_away(
         )
     made.loggers = {}
     with tempfile.TemporaryDirectory() as folder:
-        answer.folder = Path(folder)
+        made.root_dir = str(Path(folder, "runs"))
+        answer.folder = Path(folder, "answers")
+        answer.folder.mkdir()
         made.callbacks = {
+            "inspection_folder": _RunDirectory(),
             **_copies(config.callbacks),
             "progress": None,
             **(callbacks or {}),
@@ -96,7 +106,7 @@ def run_thrown_away(
                 "Pass a subclass of BaseTrainer, or a function from a configuration to a trainer.",
             )
         trainer.fit()
-        told = sorted(Path(folder).iterdir())
+        told = sorted(answer.folder.iterdir())
         if not told:
             raise ConfigError(
                 "inspection",
