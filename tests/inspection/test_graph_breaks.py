@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dream_trainer import CompileReport, find_graph_breaks
 from dream_trainer.errors import ConfigError
+from dream_trainer.inspection.compile_log import CompileLog, GraphBreak
 
 
 class Clean(nn.Module):
@@ -68,6 +69,21 @@ class BlockTrainer(Trainer):
     kind = Blocks
 
 
+class BreakingBlocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Breaking(), nn.Linear(1, 3), Breaking()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class BreakingBlockTrainer(Trainer):
+    kind = BreakingBlocks
+
+
 def line_of(code: str) -> int:
     lines, start = inspect.getsourcelines(Breaking)
     return start + next(index for index, line in enumerate(lines) if code in line)
@@ -116,6 +132,27 @@ def test_what_is_compiled_is_what_the_trainers_policy_compiles(tmp_path: Path) -
     report = find(tmp_path, BlockTrainer, batches=2, vary_shapes=False)
     assert report.breaks == ()
     assert report.graphs >= 1
+
+
+def test_a_break_of_several_blocks_is_one_place_and_counted(tmp_path: Path) -> None:
+    (one,) = find(tmp_path, BreakingBlockTrainer, batches=1, vary_shapes=False).breaks
+    assert (one.line, one.times) == (line_of("if x.mean() > 0:"), 2)
+
+
+def test_a_duplicate_that_torch_shortens_is_the_same_break() -> None:
+    log = CompileLog()
+    try:
+        texts = (
+            "Graph break in user code at a.py:3\nGraph Break Reason: why\n  Hint: other\n\n"
+            "User code traceback:\n  File ...",
+            "Graph break (user stack suppressed due to duplicate graph break) in user code at "
+            "a.py:3\nGraph Break Reason: why\n  Hint: other\n",
+        )
+        for text in texts:
+            log.emit(logging.LogRecord("torch", logging.DEBUG, "", 0, text, None, None))
+    finally:
+        log.close()
+    assert log.breaks == (GraphBreak("why", "other", "a.py", 3, 2),)
 
 
 def test_a_model_without_code_of_its_own_is_told(tmp_path: Path) -> None:

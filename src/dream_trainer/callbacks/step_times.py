@@ -24,7 +24,7 @@ class StepTimes(Callback):
     of the one before it: the wait for its batches, and the validation and the save that the step
     before it has caused.
 
-    The host's clock is read about fifteen times a step. Work on an accelerator goes on behind the
+    The host's clock is read about twenty times a step. Work on an accelerator goes on behind the
     host, and counts where the host has to wait for it, in ``save`` or where a loss is read for
     example. With ``synchronize`` the host waits at every change of phase: each phase then has its
     own time, and the step takes longer than it would otherwise.

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-_PLACE = re.compile(r"[Gg]raph break in user code at (?P<file>.*):(?P<line>\d+)\n")
+#: In brackets: that a stack is left out, since it has been shown before.
+_PLACE = re.compile(r"[Gg]raph break(?: \(.*?\))? in user code at (?P<file>.*):(?P<line>\d+)\n")
 _REASON = re.compile(r"Reason: (?P<reason>.*?)(?:\nUser code traceback|\Z)", re.DOTALL)
 _FUNCTION = re.compile(r"Recompiling function (?P<name>\S+) in (?P<file>.*):(?P<line>\d+)")
 _GUARD = re.compile(r"^\s*- (?:\d+/\d+: )(?P<guard>\S.*)$", re.MULTILINE)
