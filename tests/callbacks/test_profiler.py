@@ -153,6 +153,15 @@ def test_nothing_is_written_where_the_run_writes_nothing(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_cannot_be_written_ends_no_run(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    profiler = Profiler(at_steps=[2], active=1, folder=tmp_path / "taken")
+    trainer = tiny(tmp_path, callbacks={"profiler": profiler})
+    with pytest.warns(RuntimeWarning, match="the profile of step 2 cannot be written"):
+        trainer.fit()
+    assert trainer.global_step == 12
+
+
 def test_numbers_that_cannot_work_are_told_together() -> None:
     with pytest.raises(ConfigError) as caught:
         Profiler(wait=-1, active=3, at_steps=[4, 6, -2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from itertools import count, pairwise
 from pathlib import Path
@@ -47,8 +48,8 @@ class Profiler(Callback):
         with_stack: also the lines of Python. Slow.
         compress: write ``.json.gz``, a tenth as large.
         ranks: those that write; None is all of them.
-        folder: where the files go, instead of ``profile`` in the run directory. None for a run that
-            writes no directory: nothing is profiled.
+        folder: where the files go, instead of ``profile`` in the run directory. A run that writes
+            no directory is profiled only with a folder.
         num_rows: operations in the table.
 
     Attributes:
@@ -77,7 +78,7 @@ class Profiler(Callback):
     ) -> None:
         given = {"wait": wait, "warmup": warmup, "repeat": repeat}
         problems = [f"{name} is {n}, and must not be below 0" for name, n in given.items() if n < 0]
-        problems += [f"{n} is {v}, and must be above 0" for n, v in (("active", active),) if v < 1]
+        problems += [f"active is {active}, and must be above 0"] if active < 1 else []
         steps = sorted(set(at_steps or ()))
         problems += [f"at_steps has {step}; the first step is 0" for step in steps if step < 0]
         problems += [
@@ -133,7 +134,11 @@ class Profiler(Callback):
             is_empty = recording.current_action is ProfilerAction.WARMUP
             recording.stop()
             if not is_empty:
-                self._write(recording, trainer)
+                try:
+                    self._write(recording, trainer)
+                except OSError as error:  # a full disk must not end the run
+                    text = f"the profile of step {self._first} cannot be written: {error}"
+                    warnings.warn(text, RuntimeWarning, stacklevel=2)
             self._choose_next(step)
             self._begin_if_due(trainer)
         else:
