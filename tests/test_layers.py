@@ -16,7 +16,15 @@ ROOT = Path(__file__).parents[1] / "src" / PACKAGE
 LAYERS = (
     ("__main__",),
     ("cli", "testing"),
-    ("dropin", "lightning_modules", "planning", "reporting", "tuning", "verification"),
+    (
+        "dropin",
+        "inspection",
+        "lightning_modules",
+        "planning",
+        "reporting",
+        "tuning",
+        "verification",
+    ),
     ("trainer.dream",),
     ("trainer.base",),
     ("trainer.abstract",),  # and every other part that the trainers are made of

@@ -28,6 +28,7 @@ PROMISED = {
     "dream_trainer.checkpointing": ("Checkpointer", "export_checkpoint"),
     "dream_trainer.callbacks": ("Callback",),
     "dream_trainer.cli": ("DreamCLI",),
+    "dream_trainer.inspection": ("benchmark", "find_graph_breaks", "profile_run"),
     "dream_trainer.planning": ("RunPlan", "plan_run"),
     "dream_trainer.verification": ("ResumeReport", "verify_resume"),
 }

@@ -12,9 +12,13 @@ if TYPE_CHECKING:
     from dream_trainer.callbacks import (
         Callback,
         CheckpointCallback,
+        GarbageCollection,
+        Histograms,
         LearningRateMonitor,
         MetricLogger,
+        Profiler,
         ProgressBar,
+        StepTimes,
     )
     from dream_trainer.checkpointing import Checkpointer, export_checkpoint
     from dream_trainer.cli import Command, DreamCLI
@@ -28,6 +32,14 @@ if TYPE_CHECKING:
     )
     from dream_trainer.data import ResumableLoader
     from dream_trainer.dropin import ResumableRun
+    from dream_trainer.inspection import (
+        Benchmark,
+        CompileReport,
+        ProfiledRun,
+        benchmark,
+        find_graph_breaks,
+        profile_run,
+    )
     from dream_trainer.lightning_modules import (
         LightningModuleTrainer,
         LightningModuleTrainerConfig,
@@ -56,9 +68,13 @@ _HOMES = {
     "callbacks": (
         "Callback",
         "CheckpointCallback",
+        "GarbageCollection",
+        "Histograms",
         "LearningRateMonitor",
         "MetricLogger",
+        "Profiler",
         "ProgressBar",
+        "StepTimes",
     ),
     "checkpointing": ("Checkpointer", "export_checkpoint"),
     "cli": ("Command", "DreamCLI"),
@@ -72,6 +88,14 @@ _HOMES = {
     ),
     "data": ("ResumableLoader",),
     "dropin": ("ResumableRun",),
+    "inspection": (
+        "Benchmark",
+        "CompileReport",
+        "ProfiledRun",
+        "benchmark",
+        "find_graph_breaks",
+        "profile_run",
+    ),
     "lightning_modules": ("LightningModuleTrainer", "LightningModuleTrainerConfig"),
     "planning": ("RunPlan", "plan_run"),
     "trainer": (
@@ -99,11 +123,13 @@ __all__ = [
     "BaseTrainer",
     "BaseTrainerConfig",
     "BatchSizeResult",
+    "Benchmark",
     "Callback",
     "CheckpointCallback",
     "CheckpointParameters",
     "Checkpointer",
     "Command",
+    "CompileReport",
     "DeviceParameters",
     "DreamCLI",
     "DreamFabric",
@@ -111,6 +137,8 @@ __all__ = [
     "DreamTrainerConfig",
     "DreamWorld",
     "Duration",
+    "GarbageCollection",
+    "Histograms",
     "LearningRateMonitor",
     "LearningRateResult",
     "LightningModuleTrainer",
@@ -118,17 +146,23 @@ __all__ = [
     "Link",
     "MeshStrategy",
     "MetricLogger",
+    "ProfiledRun",
+    "Profiler",
     "ProgressBar",
     "ResumableLoader",
     "ResumableRun",
     "ResumeReport",
     "RunPlan",
     "Size",
+    "StepTimes",
     "TrainingParameters",
+    "benchmark",
     "export_checkpoint",
     "find_batch_size",
+    "find_graph_breaks",
     "find_learning_rate",
     "plan_run",
+    "profile_run",
     "verify_resume",
 ]
 

@@ -125,6 +125,8 @@ def of_fit(place: Path, line: str) -> list[str]:
 def test_subcommands_and_their_own_options(place: Path) -> None:
     commands = offered(place, "dream-trainer ")
     assert {"fit", "validate", "plan", "checkpoints", "report", "completion"} <= {*commands}
+    assert {"benchmark", "profile", "find-graph-breaks"} <= {*commands}
+    assert "--cached_batch" in offered(place, "dream-trainer benchmark train:Trainer --")
     assert offered(place, "dream-trainer checkpoints pr") == ["prune"]
     assert offered(place, "dream-trainer checkpoints prune run --mode ") == ["min", "max"]
     assert offered(place, "dream-trainer checkpoints ls --j") == ["--json"]
@@ -320,7 +322,7 @@ def test_a_real_shell_completes(place: Path, shell: str) -> None:
             typed(terminal, f"{keys}\x01echo '<'1 \n")
             for keys in (
                 "dream-trainer fit trai\tTr\t --kind=v\t",
-                "FOO=1 bin/dream-trainer 'fi\t train:Trainer --part.s\t3",
+                "FOO=1 bin/dream-trainer 'fit\t train:Trainer --part.s\t3",
                 "./train.py fit --checkpoint_parameters.on\tt\t",
                 "python setup.\t",
             )

@@ -55,16 +55,22 @@ class Trainer(DreamTrainer):
 
 #: Names of the package that are made of something slow.
 MADE_OF_IT = (
+    "Benchmark",
     "Checkpointer",
+    "CompileReport",
     "DreamFabric",
     "DreamWorld",
     "LightningModuleTrainer",
     "LightningModuleTrainerConfig",
     "MeshStrategy",
+    "ProfiledRun",
     "ResumableRun",
     "RunPlan",
+    "benchmark",
     "export_checkpoint",
+    "find_graph_breaks",
     "plan_run",
+    "profile_run",
 )
 
 #: Commands that end before there is a trainer, with how they end.

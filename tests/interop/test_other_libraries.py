@@ -15,7 +15,7 @@ from support import TinyTrainer, differences, exact_state, run_ranks, tiny, tiny
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from dream_trainer import Callback, ResumableRun
+from dream_trainer import Callback, Histograms, ResumableRun
 from dream_trainer.coordination import Interrupted
 from dream_trainer.errors import StateError
 
@@ -256,9 +256,13 @@ def test_weights_and_biases_logs_offline(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     logger = WandbLogger(project="tiny", save_dir=str(tmp_path), offline=True)
-    trainer = tiny(tmp_path, loggers={"wandb": logger})
+    histograms = {"histograms": Histograms(4, parameters=True)}
+    trainer = tiny(tmp_path, loggers={"wandb": logger}, callbacks=histograms)
     trainer.fit()
     summary = dict(logger.experiment.summary)
+    for kind in ("gradients", "parameters"):
+        assert summary[f"{kind}/net.0.weight"]["_type"] == "histogram"
+        assert sum(summary[f"{kind}/net.0.weight"]["values"]) == 24
     wandb.finish()
     wandb.teardown()
     log = (trainer.run_directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

@@ -28,7 +28,7 @@ from support import (
     tiny_config,
 )
 
-from dream_trainer.callbacks import Callback
+from dream_trainer.callbacks import Callback, GarbageCollection, Profiler, StepTimes
 from dream_trainer.coordination import Interrupted
 from dream_trainer.world.gloo_threads import let_threads_finish
 
@@ -61,6 +61,8 @@ def settings() -> dict[str, Any]:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "dtype": torch.get_default_dtype(),
         "num_threads": torch.get_num_threads(),
+        "garbage": gc.isenabled(),
+        "profiling": torch.autograd._profiler_enabled(),
         "hooks": (sys.excepthook, threading.excepthook, sys.gettrace(), sys.stdout, sys.stderr),
         "folder": Path.cwd(),
         "environment": dict(os.environ),
@@ -94,8 +96,14 @@ def test_a_run_leaves_no_trace_however_it_ends(tmp_path: Path, end: str) -> None
     action, error = ENDS[end]
     options: dict[str, Any] = {"dropout": 0.3, "deterministic": True, "detect_anomaly": True}
     options["num_workers"] = 2
-    tiny(tmp_path, experiment="first", **options).fit()  # what libraries load and open once
-    trainer = tiny(tmp_path, callbacks={"at": At(3, action)}, **options)
+    looking = {
+        "gc": GarbageCollection(),
+        "profiler": Profiler(wait=0, warmup=1, active=3),
+        "times": StepTimes(),
+    }
+    # What libraries load and open once.
+    tiny(tmp_path, experiment="first", callbacks=looking, **options).fit()
+    trainer = tiny(tmp_path, callbacks={"at": At(3, action), **looking}, **options)
     before, streams = settings(), rng_streams()
     if error is None:
         trainer.fit()

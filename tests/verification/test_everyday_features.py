@@ -10,7 +10,41 @@ import pytest
 import torch
 from support import TinyTrainer, tiny_config
 
-from dream_trainer import verify_resume
+from dream_trainer import (
+    Callback,
+    GarbageCollection,
+    Histograms,
+    Profiler,
+    StepTimes,
+    verify_resume,
+)
+
+
+def with_callback(callback: Callback) -> dict[str, Any]:
+    return {"callbacks": {"feature": callback}}
+
+
+class Board:
+    """A logger that takes histograms, and keeps none."""
+
+    experiment = property(lambda self: self)
+
+    def add_histogram_raw(self, name: str, **told: Any) -> None:
+        pass
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        pass
+
+    def finalize(self, status: str) -> None:
+        pass
+
+
+class WithBoard(TinyTrainer):
+    """Verification leaves out the loggers of a configuration."""
+
+    def __init__(self, config: Any, **kwargs: Any) -> None:
+        super().__init__(config, **kwargs)
+        self.loggers["board"] = Board()
 
 
 class Diverges(TinyTrainer):
@@ -27,6 +61,13 @@ def skips_every_third_step() -> tuple[type[TinyTrainer], dict[str, Any]]:
 FEATURES: dict[str, Callable[[], tuple[type[TinyTrainer], dict[str, Any]]]] = {
     "none": lambda: (TinyTrainer, {}),
     "on_nonfinite": skips_every_third_step,
+    "garbage collection": lambda: (TinyTrainer, with_callback(GarbageCollection(every_n_steps=2))),
+    "histograms": lambda: (WithBoard, with_callback(Histograms(2, parameters=True))),
+    "profiler": lambda: (
+        TinyTrainer,
+        with_callback(Profiler(at_steps=[3], warmup=1, active=1)),
+    ),
+    "step times": lambda: (TinyTrainer, with_callback(StepTimes())),
 }
 
 

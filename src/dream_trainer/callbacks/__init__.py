@@ -3,16 +3,24 @@
 from dream_trainer.callbacks.callback import HOOKS, Callback
 from dream_trainer.callbacks.callback_list import CallbackList
 from dream_trainer.callbacks.checkpoint import CheckpointCallback
+from dream_trainer.callbacks.garbage_collection import GarbageCollection
+from dream_trainer.callbacks.histograms import Histograms
 from dream_trainer.callbacks.learning_rate import LearningRateMonitor
 from dream_trainer.callbacks.metric_logger import MetricLogger
+from dream_trainer.callbacks.profiler import Profiler
 from dream_trainer.callbacks.progress_bar import ProgressBar
+from dream_trainer.callbacks.step_times import StepTimes
 
 __all__ = [
     "HOOKS",
     "Callback",
     "CallbackList",
     "CheckpointCallback",
+    "GarbageCollection",
+    "Histograms",
     "LearningRateMonitor",
     "MetricLogger",
+    "Profiler",
     "ProgressBar",
+    "StepTimes",
 ]

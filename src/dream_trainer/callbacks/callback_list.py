@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from dream_trainer.callbacks.callback import HOOKS, Callback
@@ -50,11 +51,25 @@ class CallbackList(Callback):
                 and getattr(type(one), hook, None) is not inherited
             ]
             self._listeners[hook] = listeners
-            setattr(self, hook, _dispatcher(listeners))
+        self.surround(None)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Dispatchers do not pickle, and ranks that are spawned make their own.
         return type(self), (self._callbacks, self._foreign)
+
+    def surround(
+        self, around: Callable[[str, Callable[..., None]], Callable[..., None]] | None
+    ) -> None:
+        """Put something around every call of a hook, to time it for example.
+
+        Args:
+            around: given the name of a hook and the method of one callback, what is called in its
+                place; None takes it away.
+        """
+        for hook, listeners in self._listeners.items():
+            called = listeners if around is None else [around(hook, one) for one in listeners]
+            is_end = hook == "close" and len(called) > 1
+            setattr(self, hook, _at_the_end(called) if is_end else _dispatcher(called))
 
     def overrides(self, hook: str) -> bool:
         """Whether any callback has a hook of its own."""
@@ -101,6 +116,17 @@ def _dispatcher(listeners: list[Callable[..., None]]) -> Callable[..., None]:
             listener(*args)
 
     return call if listeners else _nothing
+
+
+def _at_the_end(listeners: list[Callable[..., None]]) -> Callable[..., None]:
+    """All of them are called, also after one that has failed: each has something to put back."""
+
+    def call(*args: Any) -> None:
+        with ExitStack() as stack:
+            for listener in reversed(listeners):
+                stack.callback(listener, *args)
+
+    return call
 
 
 def _nothing(*args: Any) -> None:

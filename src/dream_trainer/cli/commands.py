@@ -17,6 +17,17 @@ from dream_trainer.cli.find_batch_size import (
     run_find_batch_size,
 )
 from dream_trainer.cli.find_lr import FIND_LR_HELP, add_find_lr_options, check_output, find_lr
+from dream_trainer.cli.inspection import (
+    BENCHMARK_HELP,
+    GRAPH_BREAKS_HELP,
+    PROFILE_HELP,
+    add_benchmark_options,
+    add_graph_breaks_options,
+    add_profile_options,
+    run_benchmark,
+    run_find_graph_breaks,
+    run_profile,
+)
 from dream_trainer.cli.plan import PLAN_HELP, add_plan_options, plan, require_ranks
 from dream_trainer.cli.report import add_report_command
 from dream_trainer.cli.verify_resume import (
@@ -159,6 +170,11 @@ COMMANDS: Mapping[str, Command] = {
         add_find_batch_size_options,
         makes_trainer=False,
         check=check_output,
+    ),
+    "benchmark": Command(BENCHMARK_HELP, run_benchmark, add_benchmark_options, makes_trainer=False),
+    "profile": Command(PROFILE_HELP, run_profile, add_profile_options, makes_trainer=False),
+    "find-graph-breaks": Command(
+        GRAPH_BREAKS_HELP, run_find_graph_breaks, add_graph_breaks_options, makes_trainer=False
     ),
     "plan": Command(PLAN_HELP, plan, add_plan_options, makes_trainer=False, check=require_ranks),
 }

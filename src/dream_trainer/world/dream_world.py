@@ -362,6 +362,11 @@ class DreamWorld:
             return batch
         return self._fabric.to_device(batch)  # type: ignore[no-any-return]
 
+    def synchronize(self) -> None:
+        """Wait until all work that is queued on the device is done; nothing on a CPU."""
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize()
+
     def precision_context(self) -> AbstractContextManager[Any]:
         """What the precision puts around a forward pass, autocast for one."""
         return self.strategy.precision.forward_context()
