@@ -6,7 +6,8 @@ import copy
 import itertools
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
@@ -50,7 +51,7 @@ from dream_trainer.trainer.run_directory import (
     recorded_or_new_seed,
 )
 from dream_trainer.trainer.run_streams import RunStreams
-from dream_trainer.trainer.running import running
+from dream_trainer.trainer.running import evaluating_inside, running
 from dream_trainer.trainer.state import (
     OwnState,
     apply_state,
@@ -292,66 +293,89 @@ class BaseTrainer(AbstractTrainer):
             self.checkpointer.wait()
         self._say_end()
 
-    def validate(self) -> dict[str, float]:
+    def validate(self, checkpoint: str | Path | None = None) -> dict[str, float]:
         """Validate once, on the state that `fit` would continue from.
+
+        Args:
+            checkpoint: validate on its weights instead, and put the trainer's own back: ``"best"``,
+                ``"last"``, the name of one of the run's checkpoints, or a path in one of the forms
+                of ``init_from``. Costs host memory for a copy of this rank's weights.
 
         Returns:
             The results, the same on every rank.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged.
+            ConfigError: there is no such checkpoint, or no loader.
+            StateError: the checkpoint is of another model.
         """
         if self.world.starts_functions:
-            return cast("dict[str, float]", run_on_ranks(self, "validate").result)
-        with running(self):
-            self.prepare()
-            self._restore()
-            if not (self.is_resumed or self.progress.num_batches):
+            outcome = run_on_ranks(self, "validate", checkpoint=checkpoint)
+            return cast("dict[str, float]", outcome.result)
+        with self._evaluation("validate", checkpoint):
+            if checkpoint is None and not (self.is_resumed or self.progress.num_batches):
                 self.world.print(f"no checkpoint in {self.run_directory}: these are fresh weights")
             if self.loop.val_loader is None:
                 raise ConfigError("validate", ["val_dataloader is None"], "Return one.")
             return self.loop.validate()
 
-    def test(self, dataloader: Iterable[Any] | None = None) -> dict[str, float]:
+    def test(
+        self, dataloader: Iterable[Any] | None = None, *, checkpoint: str | Path | None = None
+    ) -> dict[str, float]:
         """Run ``test_step`` over a loader.
 
         Args:
             dataloader: instead of `test_dataloader`.
+            checkpoint: test on its weights, as in `validate`.
 
         Returns:
             The results, the same on every rank.
 
         Raises:
-            ConfigError: there is no loader.
+            ConfigError: there is no loader, or no such checkpoint.
         """
         if self.world.starts_functions:
-            return cast("dict[str, float]", run_on_ranks(self, "test", dataloader).result)
-        with running(self):
-            self.prepare()
-            self._restore()
+            outcome = run_on_ranks(self, "test", dataloader, checkpoint=checkpoint)
+            return cast("dict[str, float]", outcome.result)
+        with self._evaluation("test", checkpoint):
             loader = self._adopt(self._loader_of(dataloader, "test"), "test")
             return self.loop.test(loader)
 
-    def predict(self, dataloader: Iterable[Any] | None = None) -> list[Any]:
+    def predict(
+        self,
+        dataloader: Iterable[Any] | None = None,
+        *,
+        checkpoint: str | Path | None = None,
+        return_predictions: bool = True,
+    ) -> list[Any]:
         """Run ``predict_step`` over a loader.
 
         Args:
             dataloader: instead of `predict_dataloader`.
+            checkpoint: predict with its weights, as in `validate`.
+            return_predictions: False keeps nothing of what it returns, which a
+                `PredictionWriter` has written.
 
         Returns:
             What it returned for each batch of this rank, in order.
 
         Raises:
-            ConfigError: there is no loader.
+            ConfigError: there is no loader, or no such checkpoint.
         """
         if self.world.starts_functions:
-            raise ConfigError(
-                "device_parameters",
-                ["predict returns a part on each rank, and this strategy starts them elsewhere"],
-                "Predict with devices=1.",
-            )
-        with running(self):
-            self.prepare()
-            self._restore()
-            loader = self._loader_of(dataloader, "predict")
-            return self.loop.predict(self._adopt(loader, "predict"))
+            if return_predictions:
+                raise ConfigError(
+                    "device_parameters",
+                    ["predict returns a part on each rank; this strategy starts them elsewhere"],
+                    "Predict with devices=1, or with a PredictionWriter and "
+                    "return_predictions=False.",
+                )
+            options = {"checkpoint": checkpoint, "return_predictions": False}
+            run_on_ranks(self, "predict", dataloader, **options)
+            return []
+        with self._evaluation("predict", checkpoint):
+            loader = self._adopt(self._loader_of(dataloader, "predict"), "predict")
+            return self.loop.predict(loader, keep=return_predictions)
 
     def backward(self, loss: Tensor, weight: Weight | None = None) -> None:
         """Backward pass, scaled so that the step's gradient is a mean over its window.
@@ -667,6 +691,21 @@ class BaseTrainer(AbstractTrainer):
             self.place.enter("restore")
             restore(self, read_only=read_only)
             self._is_restored = True
+
+    @contextmanager
+    def _evaluation(self, purpose: str, checkpoint: str | Path | None) -> Iterator[None]:
+        """What surrounds a validation, test or prediction that somebody asks for."""
+        with evaluating_inside(self) if self.is_running else running(self):
+            self.prepare()
+            if checkpoint is None:
+                self._restore()
+                yield
+            else:
+                # Only for those who ask for it.
+                from dream_trainer.trainer.on_checkpoint import weights_of
+
+                with weights_of(self, checkpoint, purpose):
+                    yield
 
     def _adopt(self, loader: Any, name: str) -> ResumableLoader:
         parameters = self.training_parameters

@@ -63,13 +63,18 @@ class Components:
         """State by component name, then by parameter name. Tensors are not copied."""
         names = parameter_names(self.models)
         return {
-            "models": {name: module_state(model) for name, model in self.models.items()},
+            "models": self.model_states(),
             "optimizers": {
                 name: optimizer_state(optimizer, names)
                 for name, optimizer in self.optimizers.items()
             },
             "schedulers": {name: one.state_dict() for name, one in self.schedulers.items()},
         }
+
+    def model_states(self) -> dict[str, dict[str, Any]]:
+        """State of the models by name, then by parameter name. Tensors are not copied."""
+        parameter_names(self.models)  # gathered parameters become shards again
+        return {name: module_state(model) for name, model in self.models.items()}
 
     def problems(
         self,
