@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         CheckpointCallback,
         LearningRateMonitor,
         MetricLogger,
+        PredictionWriter,
         ProgressBar,
     )
     from dream_trainer.checkpointing import Checkpointer, export_checkpoint
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         LightningModuleTrainerConfig,
     )
     from dream_trainer.planning import RunPlan, plan_run
+    from dream_trainer.predictions import Predictions, read_predictions
     from dream_trainer.trainer import (
         AbstractTrainer,
         AbstractTrainerConfig,
@@ -58,6 +60,7 @@ _HOMES = {
         "CheckpointCallback",
         "LearningRateMonitor",
         "MetricLogger",
+        "PredictionWriter",
         "ProgressBar",
     ),
     "checkpointing": ("Checkpointer", "export_checkpoint"),
@@ -74,6 +77,7 @@ _HOMES = {
     "dropin": ("ResumableRun",),
     "lightning_modules": ("LightningModuleTrainer", "LightningModuleTrainerConfig"),
     "planning": ("RunPlan", "plan_run"),
+    "predictions": ("Predictions", "read_predictions"),
     "trainer": (
         "AbstractTrainer",
         "AbstractTrainerConfig",
@@ -118,6 +122,8 @@ __all__ = [
     "Link",
     "MeshStrategy",
     "MetricLogger",
+    "PredictionWriter",
+    "Predictions",
     "ProgressBar",
     "ResumableLoader",
     "ResumableRun",
@@ -129,6 +135,7 @@ __all__ = [
     "find_batch_size",
     "find_learning_rate",
     "plan_run",
+    "read_predictions",
     "verify_resume",
 ]
 

@@ -5,6 +5,7 @@ from dream_trainer.callbacks.callback_list import CallbackList
 from dream_trainer.callbacks.checkpoint import CheckpointCallback
 from dream_trainer.callbacks.learning_rate import LearningRateMonitor
 from dream_trainer.callbacks.metric_logger import MetricLogger
+from dream_trainer.callbacks.prediction_writer import PredictionWriter
 from dream_trainer.callbacks.progress_bar import ProgressBar
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "CheckpointCallback",
     "LearningRateMonitor",
     "MetricLogger",
+    "PredictionWriter",
     "ProgressBar",
 ]
