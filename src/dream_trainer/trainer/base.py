@@ -36,7 +36,7 @@ from dream_trainer.randomness import all_preserved, seed_everything
 from dream_trainer.storage.run_lock import RunLock
 from dream_trainer.trainer.abstract import AbstractTrainer, AbstractTrainerConfig
 from dream_trainer.trainer.closing import close
-from dream_trainer.trainer.components import Components, find_module
+from dream_trainer.trainer.components import Components, copy_of_unsharded, find_module
 from dream_trainer.trainer.frozen_weights import FrozenWeights
 from dream_trainer.trainer.loaders import adopt_loader, count_training_steps
 from dream_trainer.trainer.metric_phases import MetricPhases
@@ -244,6 +244,26 @@ class BaseTrainer(AbstractTrainer):
         """Make the loader of `predict`; called when it runs without one."""
         return None
 
+    def export_example(self, batch: Any) -> Any:
+        """What the model is called with for a batch, for `export`; write it to export programs.
+
+        Returns:
+            One argument, a tuple of arguments, or a mapping of arguments by name.
+        """
+        raise ConfigError(
+            type(self).__name__,
+            ["export runs the model on an example, and export_example does not say on which"],
+            "Write it: def export_example(self, batch): return batch[0]; or pass export(example=).",
+        )
+
+    def unplaced_model(self, name: str) -> nn.Module:
+        """A copy of a model as on one device, in host memory, for `export`; weights come later.
+
+        Raises:
+            ConfigError: it is sharded, and only its author can make it anew.
+        """
+        return copy_of_unsharded(self.components.models[name], name)
+
     # ------------------------------------------------------------------ what users call
 
     def fit(self) -> None:
@@ -376,6 +396,47 @@ class BaseTrainer(AbstractTrainer):
         with self._evaluation("predict", checkpoint):
             loader = self._adopt(self._loader_of(dataloader, "predict"), "predict")
             return self.loop.predict(loader, keep=return_predictions)
+
+    def export(
+        self,
+        path: str | Path,
+        *,
+        checkpoint: str | Path | None = None,
+        model: str | None = None,
+        example: Any = None,
+        overwrite: bool = False,
+    ) -> Path:
+        """Write a model to one file; the ending says how.
+
+        ``.pt2`` is a program of ``torch.export``, ``.onnx`` one for other runtimes: in eval mode,
+        for any batch size, and checked on the example before the file appears. ``.safetensors``,
+        ``.pt`` and ``.pth`` are weights, as those of `export_checkpoint`, which needs no trainer.
+        Sharded weights are gathered, and rank 0 writes.
+
+        Args:
+            path: of the file.
+            checkpoint: whose weights, as in `validate`.
+            model: the one model to export, if there are several.
+            example: what the model is called with, of at least two samples, as `export_example`
+                returns it; None asks that for a batch of the validation loader.
+            overwrite: replace the file if it exists.
+
+        Returns:
+            The path.
+
+        Raises:
+            ConfigError: the model cannot be exported, or the program computes something else.
+        """
+        options = {"model": model, "example": example, "overwrite": overwrite}
+        if self.world.starts_functions:
+            return cast(
+                "Path", run_on_ranks(self, "export", path, checkpoint=checkpoint, **options).result
+            )
+        # Only for those who ask for it.
+        from dream_trainer.trainer.export import export
+
+        with self._evaluation("export", checkpoint):
+            return export(self, Path(path), **options)
 
     def backward(self, loss: Tensor, weight: Weight | None = None) -> None:
         """Backward pass, scaled so that the step's gradient is a mean over its window.

@@ -24,6 +24,7 @@ from dream_trainer.world.component_state import (
     parameters_of,
     state_template,
 )
+from dream_trainer.world.sharded import is_dtensor
 from dream_trainer.world.wrappers import unwrap
 
 if TYPE_CHECKING:
@@ -158,6 +159,21 @@ def find_module(models: Mapping[str, nn.Module], fqn: str) -> nn.Module:
             )
         module, walked = children[part], f"{walked}.{part}"
     return module
+
+
+def copy_of_unsharded(model: nn.Module, name: str) -> nn.Module:
+    """A copy of a model in host memory.
+
+    Raises:
+        ConfigError: it is sharded or split; a copy of it would be, too.
+    """
+    if any(is_dtensor(parameter) for parameter in model.parameters()):
+        raise ConfigError(
+            name,
+            ["it is sharded, and cannot be made whole again"],
+            "Export on one process: any checkpoint loads with devices=1.",
+        )
+    return copy.deepcopy(model).cpu()
 
 
 def trained_alone(
