@@ -30,8 +30,8 @@ class ChosenCheckpoint:
     def __str__(self) -> str:
         if self.manifest is None:
             return self.given
-        told = self.path.name if self.given != str(self.path) else self.given
-        head = told if told == self.given else f"{self.given}: {told}"
+        is_named = Path(self.given).name == self.path.name
+        head = self.given if is_named else f"{self.given}: {self.path.name}"
         value = self.manifest.monitored_value
         return head if value is None else f"{head}, {self.manifest.monitor} {value:.4g}"
 

@@ -313,6 +313,11 @@ class LightningModuleTrainer(BaseTrainer):
         self.call(f"on_{kind}_batch_end", outputs, batch, batch_idx)
         return outputs
 
+    def export_example(self, batch: Any) -> Any:
+        """The module's ``example_input_array``."""
+        example = getattr(self.module, "example_input_array", None)
+        return super().export_example(batch) if example is None else example
+
     def batch_to_device(self, batch: Any) -> Any:
         """With the module's, or data module's, own transfer hooks."""
         return self._data.to_device(batch, self.world)
