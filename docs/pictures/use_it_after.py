@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from matplotlib import pyplot as plt
+from pictures import example
+
+from dream_trainer import PredictionWriter, read_predictions
+
+digits = example("digits")
 
 
 def main(folder: Path) -> None:
@@ -16,16 +20,12 @@ def main(folder: Path) -> None:
     Args:
         folder: gets ``predicted_digits.png``.
     """
-    sys.path.insert(0, str(ROOT / "examples" / "digits"))
-    from train import DigitsConfig, DigitsTrainer
-
-    from dream_trainer import PredictionWriter, read_predictions
-
     with tempfile.TemporaryDirectory() as place:
         writer = PredictionWriter(Path(place, "predictions"))
-        config = DigitsConfig(root_dir=place, callbacks={"progress": None, "predictions": writer})
+        callbacks = {"progress": None, "predictions": writer, "curves": None}
+        config = digits.DigitsConfig(root_dir=place, callbacks=callbacks)
         config.training_parameters.n_epochs = 3
-        trainer = DigitsTrainer(config)
+        trainer = digits.DigitsTrainer(config)
         trainer.fit()
         trainer.predict(checkpoint="best", return_predictions=False)
         predicted = read_predictions(writer.folder).together()
@@ -35,11 +35,6 @@ def main(folder: Path) -> None:
 
 def draw(images: list[Any], predicted: dict[str, Any], path: Path) -> None:
     """A grid: every wrong digit, then those that were nearly wrong."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     wrong = predicted["digit"] != predicted["label"]
     order = (predicted["sure"] - wrong.float()).argsort()[:24].tolist()
     figure, grid = plt.subplots(3, 8, figsize=(9, 4.2), layout="constrained")
@@ -54,10 +49,5 @@ def draw(images: list[Any], predicted: dict[str, Any], path: Path) -> None:
         f"{len(images)} validation digits, {int(wrong.sum())} wrong; the 24 least certain",
         fontsize=10,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs" / "images")
