@@ -64,16 +64,14 @@ def test_commands_work_on_the_checkpoint_that_they_are_told() -> None:
     newest = (checkpoints / "newest").readlink().name
     assert best != newest
     assert f"test on best: {best}, val/loss " in out
-    results = {"best": _of(out, "test/loss")}
-    for given in ("best", "last", newest, str(checkpoints / best), str(RUN)):
-        out = run("test", *monitor, *rising, "--checkpoint", given)
-        results[given] = _of(out, "test/loss")
-        assert _of(run("validate", *monitor, *rising, "--checkpoint", given), "val/loss")
-    assert results["best"] == results[str(checkpoints / best)]
-    assert results["last"] == results[newest] == results[str(RUN)] != results["best"]
-    for given, name in (("best", "b.pt"), ("last", "l.pt")):
-        run("predict", *monitor, *rising, "--checkpoint", given, "--output", name)
-    assert not torch.equal(torch.load("b.pt"), torch.load("l.pt"))
+    of_best = _of(out, "test/loss")
+    out = run("test", *monitor, *rising, "--checkpoint", "last")
+    assert _of(out, "test/loss") != of_best
+    out = run("validate", *monitor, *rising, "--checkpoint", str(checkpoints / best))
+    assert _of(out, "val/loss") == of_best  # the same points
+    out = run("predict", *monitor, *rising, "--checkpoint", newest, "--output", "p.pt")
+    assert f"predict on {newest}" in out
+    assert "p.pt: 16 samples" in out
 
 
 def _of(out: str, name: str) -> str:
