@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         Histograms,
         LearningRateMonitor,
         MetricLogger,
+        PredictionWriter,
         Profiler,
         ProgressBar,
         StepTimes,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
         LightningModuleTrainerConfig,
     )
     from dream_trainer.planning import RunPlan, plan_run
+    from dream_trainer.predictions import Predictions, read_predictions
     from dream_trainer.trainer import (
         AbstractTrainer,
         AbstractTrainerConfig,
@@ -73,6 +75,7 @@ _HOMES = {
         "LearningRateMonitor",
         "MetricLogger",
         "Profiler",
+        "PredictionWriter",
         "ProgressBar",
         "StepTimes",
     ),
@@ -98,6 +101,7 @@ _HOMES = {
     ),
     "lightning_modules": ("LightningModuleTrainer", "LightningModuleTrainerConfig"),
     "planning": ("RunPlan", "plan_run"),
+    "predictions": ("Predictions", "read_predictions"),
     "trainer": (
         "AbstractTrainer",
         "AbstractTrainerConfig",
@@ -146,6 +150,8 @@ __all__ = [
     "Link",
     "MeshStrategy",
     "MetricLogger",
+    "PredictionWriter",
+    "Predictions",
     "ProfiledRun",
     "Profiler",
     "ProgressBar",
@@ -163,6 +169,7 @@ __all__ = [
     "find_learning_rate",
     "plan_run",
     "profile_run",
+    "read_predictions",
     "verify_resume",
 ]
 

@@ -45,6 +45,8 @@ class FitLoop:
         is_evaluating: whether a validation, test or prediction is under way.
         num_evaluation_batches: that it reads on this rank, for a display of progress; None if
             the loader cannot tell.
+        evaluation_loader: what it reads from; None between evaluations.
+        may_end: whether a signal may end an evaluation between two batches.
     """
 
     def __init__(
@@ -70,6 +72,8 @@ class FitLoop:
             trainer.training_parameters.val_batch_limit(val_loader.num_batches)
         self.is_evaluating = False
         self.num_evaluation_batches: int | None = None
+        self.evaluation_loader: ResumableLoader | None = None
+        self.may_end = True
 
     def run(self) -> None:
         """Train until a limit is reached or `stop` was called.
@@ -310,6 +314,7 @@ class FitLoop:
         loader.rewind()
         trainer.place.enter("validation")
         pre_step, post_step = self._step_hooks(phase)
+        may_end = self._may_end_between_batches(phase)
         with self._evaluating(phase, loader, limit), closing(iter(loader)) as batches:
             values = trainer.logged
             for batch_idx, batch in enumerate(itertools.islice(batches, limit)):
@@ -323,7 +328,7 @@ class FitLoop:
                 post_step(trainer, result, batch, batch_idx)
                 values.add_result(result, loader.num_samples, f"{phase}/")
                 values.resolve()
-                if phase != "sanity" and (phase != "val" or not self._validation_has_hooks):
+                if may_end:
                     self.check()
             parts = trainer.world.gather_data_parallel(totals([values.take()])[0])
             means, metrics = merge_ranks(parts), trainer.metrics.compute(phase)
@@ -335,15 +340,19 @@ class FitLoop:
                 )
             return means | metrics
 
-    def predict(self, loader: ResumableLoader) -> list[Any]:
+    def predict(self, loader: ResumableLoader, *, keep: bool = True) -> list[Any]:
         """What ``predict_step`` returns for each batch of this rank, in order.
+
+        Args:
+            loader: read from its beginning.
+            keep: False keeps nothing of it.
 
         Raises:
             Interrupted: after a batch, if Ctrl-C asked for it.
             Preempted: after a batch, if a scheduler's signal asked for it.
         """
-        trainer, results = self.trainer, []
-        callbacks = trainer.callbacks
+        trainer, results = self.trainer, list[Any]()
+        callbacks, may_end = trainer.callbacks, self._may_end_between_batches("predict")
         loader.rewind()
         callbacks.pre_predict_epoch(trainer)
         with self._evaluating("predict", loader), closing(iter(loader)) as batches:
@@ -353,8 +362,11 @@ class FitLoop:
                 result = trainer.predict_step(batch, batch_idx)
                 if loader.num_samples != 0:
                     callbacks.post_predict_step(trainer, result, batch, batch_idx)
-                    results.append(result)
-                self.check()
+                    if keep:
+                        results.append(result)
+                result = None  # two batches of results would be in memory
+                if may_end:
+                    self.check()
             trainer.metrics.end("predict")
         callbacks.post_predict_epoch(trainer, results)
         return results
@@ -366,6 +378,13 @@ class FitLoop:
         if phase == "test":
             return callbacks.pre_test_step, callbacks.post_test_step
         return _no_hook, _no_hook
+
+    def _may_end_between_batches(self, phase: str) -> bool:
+        return (
+            self.may_end
+            and phase != "sanity"
+            and (phase != "val" or not self._validation_has_hooks)
+        )
 
     @property
     def _validation_has_hooks(self) -> bool:
@@ -387,7 +406,7 @@ class FitLoop:
             module.eval()
         # Left among the step's, they would be written with the next one, and lost by a restart.
         logged, trainer.logged = trainer.logged, LoggedValues()
-        self.is_evaluating = True
+        self.is_evaluating, self.evaluation_loader = True, loader
         known = [number for number in (loader.num_batches, limit) if number is not None]
         self.num_evaluation_batches = min(known, default=None)
         try:
@@ -396,7 +415,7 @@ class FitLoop:
                 trainer.metrics.reset(phase)
                 yield
         finally:
-            self.is_evaluating = False
+            self.is_evaluating, self.evaluation_loader = False, None
             trainer.logged = logged
             for part, mode in zip(modules, modes, strict=True):
                 part.training = mode

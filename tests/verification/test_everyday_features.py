@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from support import TinyTrainer, tiny_config
+from support import Points, TinyTrainer, tiny_config
+from torch.utils.data import DataLoader
 
 from dream_trainer import (
     Callback,
@@ -47,6 +48,30 @@ class WithBoard(TinyTrainer):
         self.loggers["board"] = Board()
 
 
+class LooksAtBest(Callback):
+    """Tests the best checkpoint, and the live weights, at the end of every epoch but the first."""
+
+    def __init__(self) -> None:
+        self.results: list[float] = []
+
+    def post_epoch(self, trainer: Any) -> None:
+        if trainer.current_epoch:
+            points = DataLoader(Points(6, seed=7), batch_size=4)
+            for checkpoint in ("best", None):
+                self.results += trainer.test(points, checkpoint=checkpoint).values()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"results": list(self.results)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.results = list(state["results"])
+
+
+def looking_at_best() -> tuple[type[TinyTrainer], dict[str, Any]]:
+    monitored = {"monitor": "val/loss", "keep_top_k": 2}
+    return TinyTrainer, {"callbacks": {"tests": LooksAtBest()}, **monitored}
+
+
 class Diverges(TinyTrainer):
     def compute_loss(self, batch: Any, batch_idx: int) -> Any:
         loss = super().compute_loss(batch, batch_idx)
@@ -68,6 +93,7 @@ FEATURES: dict[str, Callable[[], tuple[type[TinyTrainer], dict[str, Any]]]] = {
         with_callback(Profiler(at_steps=[3], warmup=1, active=1)),
     ),
     "step times": lambda: (TinyTrainer, with_callback(StepTimes())),
+    "tests on the best checkpoint in the middle": looking_at_best,
 }
 
 

@@ -7,6 +7,7 @@ from dream_trainer.callbacks.garbage_collection import GarbageCollection
 from dream_trainer.callbacks.histograms import Histograms
 from dream_trainer.callbacks.learning_rate import LearningRateMonitor
 from dream_trainer.callbacks.metric_logger import MetricLogger
+from dream_trainer.callbacks.prediction_writer import PredictionWriter
 from dream_trainer.callbacks.profiler import Profiler
 from dream_trainer.callbacks.progress_bar import ProgressBar
 from dream_trainer.callbacks.step_times import StepTimes
@@ -20,6 +21,7 @@ __all__ = [
     "Histograms",
     "LearningRateMonitor",
     "MetricLogger",
+    "PredictionWriter",
     "Profiler",
     "ProgressBar",
     "StepTimes",

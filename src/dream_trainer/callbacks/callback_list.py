@@ -75,6 +75,10 @@ class CallbackList(Callback):
         """Whether any callback has a hook of its own."""
         return bool(self._listeners[hook])
 
+    def holding_weights(self) -> dict[str, Any]:
+        """The callbacks, by name, whose state holds weights for evaluations."""
+        return {name: one for name, one in self._callbacks.items() if one.holds_weights}
+
     def preceded_by(self, name: str, callback: Callback) -> CallbackList:
         """The same callbacks, after another one."""
         return type(self)({name: callback, **self._callbacks}, self._foreign)

@@ -74,17 +74,42 @@ def export_checkpoint(
         (content,) = found.values() if len(found) == 1 else (found,)
         if target.suffix == _LIGHTNING:
             content = _as_lightning_has_it(content, stored)
+    if target.suffix == _SAFETENSORS:
+        write_weights(target, found, _facts(stored.manifest))
+    else:
+        _save(target, content)
+    return target
+
+
+def write_weights(target: Path, models: StateDicts, facts: Mapping[str, str]) -> None:
+    """Write state dicts in one of the forms of `export_checkpoint`.
+
+    Args:
+        target: ends in ``.safetensors``, ``.pt`` or ``.pth``.
+        models: state dict by name of the model.
+        facts: what a ``.safetensors`` says about itself.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    if target.suffix != _SAFETENSORS:
+        (content,) = models.values() if len(models) == 1 else (models,)
+        _save(target, content)
+        return
     try:
         with atomic_file(target) as beside:
-            if target.suffix == _SAFETENSORS:
-                _save_safetensors(beside, target, found, stored.manifest)
-            else:
-                # Given a path, torch would put the passing name of the file into it.
-                with beside.open("wb") as opened:
-                    torch.save(content, opened)
+            _save_safetensors(beside, target, models, facts)
     except OSError as error:
         raise ConfigError(str(target), [f"cannot be written: {error}"]) from error
-    return target
+
+
+def _save(target: Path, content: Any) -> None:
+    try:
+        # Given a path, torch would put the passing name of the file into it.
+        with atomic_file(target) as beside, beside.open("wb") as opened:
+            torch.save(content, opened)
+    except OSError as error:
+        raise ConfigError(str(target), [f"cannot be written: {error}"]) from error
 
 
 def _check_arguments(target: Path, model: str | None, whole_state: bool, overwrite: bool) -> None:
@@ -140,7 +165,9 @@ def _as_lightning_has_it(state: Mapping[str, Any], stored: StoredCheckpoint) -> 
     }
 
 
-def _save_safetensors(beside: Path, target: Path, models: StateDicts, manifest: Manifest) -> None:
+def _save_safetensors(
+    beside: Path, target: Path, models: StateDicts, facts: Mapping[str, str]
+) -> None:
     values = {
         f"{model}.{name}" if len(models) > 1 else name: value
         for model, state in models.items()
@@ -156,18 +183,21 @@ def _save_safetensors(beside: Path, target: Path, models: StateDicts, manifest: 
     beside.touch()
     mode = beside.stat().st_mode
     tensors = {name: value for name, value in values.items() if name not in left_out}
-    import_safetensors(target).save_file(tensors, beside, metadata=_facts(models, manifest))
+    metadata = {
+        "format": "pt",  # Hugging Face's loader insists on it
+        "models": ",".join(models),
+        **facts,
+    }
+    import_safetensors(target).save_file(tensors, beside, metadata=metadata)
     # safetensors makes files that only their owner can read, whatever the umask says.
     beside.chmod(mode)
 
 
-def _facts(models: Mapping[str, Any], manifest: Manifest) -> dict[str, str]:
+def _facts(manifest: Manifest) -> dict[str, str]:
     """What the file says about itself; safetensors knows words only."""
     return {
-        "format": "pt",  # Hugging Face's loader insists on it
         "step": str(manifest.step),
         "epoch": str(manifest.epoch),
         "saved_at": manifest.saved_at,
-        "models": ",".join(models),
         **manifest.versions,
     }

@@ -44,7 +44,7 @@ def load_weights(trainer: BaseTrainer, given: str) -> None:
     rename = {
         str(old): new if new is None else str(new) for old, new in parameters.init_rename.items()
     }
-    weights, unplaced = _on_every_rank(world, lambda: _read(path, trainer.components, rename))
+    weights, unplaced = on_every_rank(world, lambda: read_weights(path, trainer.components, rename))
     problems = unplaced + [
         problem for problem in trainer.components.problems(weights) if problem.startswith("models")
     ]
@@ -63,10 +63,16 @@ def load_weights(trainer: BaseTrainer, given: str) -> None:
     world.print(f"weights from {path}: {num_fitting} of {num_own}")
 
 
-def _read(
+def read_weights(
     path: Path, components: Components, rename: Mapping[str, str | None]
 ) -> tuple[dict[str, Any], list[str]]:
-    """State of the models as far as there is one, and the weights that have no place in it."""
+    """State of the models as far as there is one, and the weights that have no place in it.
+
+    Args:
+        path: what `weights_path` gave.
+        components: whose names and sharding the state has.
+        rename: see ``init_rename``.
+    """
     source = open_weights(path)
     own: dict[str, tuple[str, str]] = {
         f"{model}.{name}": (model, name)
@@ -102,7 +108,7 @@ def _ties(models: Mapping[str, nn.Module]) -> dict[str, list[str]]:
     return {name: shared for shared in names.values() if len(shared) > 1 for name in shared}
 
 
-def _on_every_rank(world: DreamWorld, function: Callable[[], T]) -> T:
+def on_every_rank(world: DreamWorld, function: Callable[[], T]) -> T:
     """The result of this rank; if it failed on any rank, the error is raised on all of them."""
     result, failure = None, None
     try:
