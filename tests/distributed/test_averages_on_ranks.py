@@ -15,7 +15,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from dream_trainer import EMA, SWA, Callback
 
-pytestmark = pytest.mark.distributed
+# Loading what starts ranks draws.
+pytestmark = [pytest.mark.distributed, pytest.mark.may_leave("rng")]
 
 THREE = Layout("three", 3, {"dp_shard": 3})
 
