@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dream_trainer.callbacks import (
+        EMA,
+        SWA,
         Callback,
         CheckpointCallback,
         GarbageCollection,
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
         Profiler,
         ProgressBar,
         StepTimes,
+        WeightAveraging,
     )
     from dream_trainer.checkpointing import Checkpointer, export_checkpoint
     from dream_trainer.cli import Command, DreamCLI
@@ -77,6 +80,9 @@ _HOMES = {
         "Profiler",
         "PredictionWriter",
         "ProgressBar",
+        "EMA",
+        "SWA",
+        "WeightAveraging",
         "StepTimes",
     ),
     "checkpointing": ("Checkpointer", "export_checkpoint"),
@@ -122,6 +128,8 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "EMA",
+    "SWA",
     "AbstractTrainer",
     "AbstractTrainerConfig",
     "BaseTrainer",
@@ -162,6 +170,7 @@ __all__ = [
     "Size",
     "StepTimes",
     "TrainingParameters",
+    "WeightAveraging",
     "benchmark",
     "export_checkpoint",
     "find_batch_size",

@@ -12,6 +12,7 @@ Each level of the drawing is a method:
 
 from __future__ import annotations
 
+import copy
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -315,7 +316,7 @@ class FitLoop:
         trainer.place.enter("validation")
         pre_step, post_step = self._step_hooks(phase)
         may_end = self._may_end_between_batches(phase)
-        with self._evaluating(phase, loader, limit), closing(iter(loader)) as batches:
+        with self.evaluating(phase, loader, limit), closing(iter(loader)) as batches:
             values = trainer.logged
             for batch_idx, batch in enumerate(itertools.islice(batches, limit)):
                 batch = trainer.batch_to_device(batch)
@@ -355,7 +356,7 @@ class FitLoop:
         callbacks, may_end = trainer.callbacks, self._may_end_between_batches("predict")
         loader.rewind()
         callbacks.pre_predict_epoch(trainer)
-        with self._evaluating("predict", loader), closing(iter(loader)) as batches:
+        with self.evaluating("predict", loader), closing(iter(loader)) as batches:
             for batch_idx, batch in enumerate(batches):
                 batch = trainer.batch_to_device(batch)
                 callbacks.pre_predict_step(trainer, batch, batch_idx)
@@ -370,6 +371,35 @@ class FitLoop:
             trainer.metrics.end("predict")
         callbacks.post_predict_epoch(trainer, results)
         return results
+
+    def read_training_data(self, step: Callable[..., None]) -> None:
+        """Take one epoch of the training data through a step, without a trace in the run.
+
+        As many batches as an epoch of the run has: data need not end by themselves.
+
+        Args:
+            step: called with each batch, its index, and ``is_filler``. What it logs and measures
+                is forgotten.
+
+        Raises:
+            Interrupted: after a batch, if Ctrl-C asked for it.
+            Preempted: after a batch, if a scheduler's signal asked for it.
+        """
+        trainer, loader = self.trainer, self.train_loader
+        position = copy.deepcopy(loader.state_dict())
+        loader.set_epoch(loader.epoch + 1)
+        num_steps = self._steps_of_epoch()
+        limit = None if num_steps is None else num_steps * self.window.size
+        try:
+            with self.evaluating("filler", loader), closing(iter(loader)) as batches:
+                trainer.metrics.enter("filler")
+                for batch_idx, batch in enumerate(itertools.islice(batches, limit)):
+                    batch = trainer.batch_to_device(batch)
+                    step(batch, batch_idx, is_filler=loader.num_samples == 0)
+                    trainer.logged.drop()
+                    self.check()
+        finally:
+            loader.load_state_dict(position)
 
     def _step_hooks(self, phase: str) -> tuple[Callable[..., None], Callable[..., None]]:
         callbacks = self.trainer.callbacks
@@ -388,17 +418,20 @@ class FitLoop:
 
     @property
     def _validation_has_hooks(self) -> bool:
-        """Whether it may have changed what `on_interrupt` would save.
-
-        Averaged weights, say, are put in their places before it, and taken out after it.
-        """
+        """Whether it may have changed what `on_interrupt` would save."""
         return self.trainer.is_fitting and self.trainer.has_validation_hooks
 
     @contextmanager
-    def _evaluating(
+    def evaluating(
         self, phase: str, loader: ResumableLoader, limit: int | None = None
     ) -> Iterator[None]:
-        """Without gradients, in eval mode, and without a trace in the run's random streams."""
+        """Without gradients, in eval mode, and without a trace in the run's random streams.
+
+        Args:
+            phase: whose metrics begin anew; it also names the streams.
+            loader: that is read, from where it stands.
+            limit: batches to read at most.
+        """
         trainer = self.trainer
         modules = [part for module in trainer.sync_modules for part in module.modules()]
         modes = [part.training for part in modules]
@@ -410,7 +443,11 @@ class FitLoop:
         known = [number for number in (loader.num_batches, limit) if number is not None]
         self.num_evaluation_batches = min(known, default=None)
         try:
-            with all_preserved(), torch.no_grad():
+            with (
+                all_preserved(),
+                torch.no_grad(),
+                trainer.callbacks.evaluation(trainer, phase),
+            ):
                 seed_everything(derive(trainer.seed, phase, trainer.world.dp_rank))
                 trainer.metrics.reset(phase)
                 yield

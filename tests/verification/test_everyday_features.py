@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 from support import Points, TinyTrainer, tiny_config
+from torch import nn
 from torch.utils.data import DataLoader
 
 from dream_trainer import (
+    EMA,
+    SWA,
     Callback,
     GarbageCollection,
     Histograms,
@@ -72,6 +75,15 @@ def looking_at_best() -> tuple[type[TinyTrainer], dict[str, Any]]:
     return TinyTrainer, {"callbacks": {"tests": LooksAtBest()}, **monitored}
 
 
+class Normed(TinyTrainer):
+    """With batch norm, whose statistics are buffers."""
+
+    def configure_models(self) -> None:
+        self.net = nn.Sequential(
+            nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 1)
+        )
+
+
 class Diverges(TinyTrainer):
     def compute_loss(self, batch: Any, batch_idx: int) -> Any:
         loss = super().compute_loss(batch, batch_idx)
@@ -82,9 +94,21 @@ def skips_every_third_step() -> tuple[type[TinyTrainer], dict[str, Any]]:
     return Diverges, {"on_nonfinite": "skip"}
 
 
+def averages_exponentially() -> tuple[type[TinyTrainer], dict[str, Any]]:
+    ema = EMA(0.9, every_n_steps=2, start_step=2, warm_up=True, average_buffers=True)
+    return Normed, {"callbacks": {"ema": ema}}
+
+
+def averages_late_weights() -> tuple[type[TinyTrainer], dict[str, Any]]:
+    swa = SWA(start_epoch=1, every=1, learning_rate=0.01, anneal_steps=2)
+    return Normed, {"callbacks": {"swa": swa}}
+
+
 #: Feature -> (trainer class, options of `tiny_config`).
 FEATURES: dict[str, Callable[[], tuple[type[TinyTrainer], dict[str, Any]]]] = {
     "none": lambda: (TinyTrainer, {}),
+    "averages: EMA": averages_exponentially,
+    "averages: SWA": averages_late_weights,
     "on_nonfinite": skips_every_third_step,
     "garbage collection": lambda: (TinyTrainer, with_callback(GarbageCollection(every_n_steps=2))),
     "histograms": lambda: (WithBoard, with_callback(Histograms(2, parameters=True))),

@@ -23,7 +23,7 @@ class Callback:
     Attributes:
         holds_weights: whether its state holds weights that evaluations use in place of the
             models', an average for example. ``test(checkpoint=...)`` gives it the checkpoint's
-            for the time of the test.
+            for the time of the test, or an empty state if there is none.
     """
 
     holds_weights = False

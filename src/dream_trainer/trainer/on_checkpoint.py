@@ -122,19 +122,20 @@ def _read(
     left_out = outline["trainer"].get("left_out", {})
     problems = _of_models(trainer, outline, left_out) + trainer.frozen_weights.problems(left_out)
     holding = trainer.callbacks.holding_weights()
-    saved = outline["callbacks"]
-    problems += [f"callbacks.{name}: missing in the state" for name in holding if name not in saved]
+    saved = [name for name in holding if name in outline["callbacks"]]
     if problems:
         return {}, {}, {}, problems
     places: list[TreePath] = [("models", name) for name in trainer.components.models]
-    places += [("callbacks", name) for name in holding]
+    places += [("callbacks", name) for name in saved]
     parts = read_parts(path, places, trainer.components.template())
     buffers: dict[str, Any] = {}
     if outline["trainer"]["layout"] == layout_of(trainer):
         place: TreePath = ("trainer.buffers",)
         buffers = read_parts(path, [place], rank=trainer.world.rank)[place]
     models = {name: parts["models", name] for name in trainer.components.models}
-    return models, buffers, {name: parts["callbacks", name] for name in holding}, []
+    # One that was added later has nothing of this checkpoint: its models are used as they are.
+    held = {name: parts["callbacks", name] if name in saved else {} for name in holding}
+    return models, buffers, held, []
 
 
 def _outline_of_run(path: Path) -> Mapping[str, Any] | None:

@@ -101,7 +101,7 @@ def apply_state(trainer: BaseTrainer, state: Mapping[str, Any], strict: bool) ->
     trainer.components.load_state_dict(state, copies=copies)
     own = state.get("trainer", {})
     trainer.progress.load_state_dict(own.get("progress", {}))
-    trainer.callbacks.load_state_dict(state.get("callbacks", {}))
+    trainer.callbacks.load_state_dict(state.get("callbacks", {}), copies=copies)
     trainer.world.load_precision_state(state.get("precision", {}))
     models = trainer.components.models
     load_training_condition(models, own, is_same_rank=is_same_rank)
