@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         PredictionWriter,
         Profiler,
         ProgressBar,
+        RunSummary,
         StepTimes,
     )
     from dream_trainer.checkpointing import Checkpointer, export_checkpoint
@@ -77,6 +78,7 @@ _HOMES = {
         "Profiler",
         "PredictionWriter",
         "ProgressBar",
+        "RunSummary",
         "StepTimes",
     ),
     "checkpointing": ("Checkpointer", "export_checkpoint"),
@@ -159,6 +161,7 @@ __all__ = [
     "ResumableRun",
     "ResumeReport",
     "RunPlan",
+    "RunSummary",
     "Size",
     "StepTimes",
     "TrainingParameters",

@@ -10,6 +10,7 @@ from dream_trainer.callbacks.metric_logger import MetricLogger
 from dream_trainer.callbacks.prediction_writer import PredictionWriter
 from dream_trainer.callbacks.profiler import Profiler
 from dream_trainer.callbacks.progress_bar import ProgressBar
+from dream_trainer.callbacks.run_summary import RunSummary
 from dream_trainer.callbacks.step_times import StepTimes
 
 __all__ = [
@@ -24,5 +25,6 @@ __all__ = [
     "PredictionWriter",
     "Profiler",
     "ProgressBar",
+    "RunSummary",
     "StepTimes",
 ]
