@@ -182,6 +182,16 @@ def test_test_and_predict_have_bars(tmp_path: Path) -> None:
     assert "run " not in file.getvalue()
 
 
+def test_a_test_in_the_middle_of_a_fit_leaves_its_bars(tmp_path: Path) -> None:
+    class Tests(Callback):
+        def post_epoch(self, trainer: Any) -> None:
+            trainer.test([{"x": torch.ones(4, 3), "y": torch.ones(4, 1)}] * 3)
+
+    text = output(tmp_path, terminal=True, callbacks={"tests": Tests()})
+    assert re.search(r"test +━.* batch 2/3", text)
+    assert re.search(r"run +━.* step 11/12 +1 steps/s", text)
+
+
 def test_print_warnings_and_logging_come_above_the_bars(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,7 +70,7 @@ class ProgressBar(Callback):
         self._next = _AT_ONCE
         self._batches, self._steps = Pace(_WINDOW), Pace()
         self._evaluated = Pace(_WINDOW)
-        self._is_evaluating = False
+        self._is_evaluating = self._is_in_fit = False
         self._num_steps: int | None = None
         self._values: dict[str, tuple[float, int]] = {}
         self._results: dict[str, float] = {}
@@ -84,6 +84,8 @@ class ProgressBar(Callback):
         """Find out how long the run is, and what is known of it already."""
         if not self._open(trainer):
             return
+        # Not what the trainer says: a callback may evaluate in the middle of a fit.
+        self._is_in_fit = True
         self._num_steps = _steps_of_run(trainer)
         loggers = (trainer.callbacks[name] for name in trainer.callbacks)
         self._log = next((one for one in loggers if isinstance(one, MetricLogger)), None)
@@ -187,6 +189,7 @@ class ProgressBar(Callback):
 
     def _close(self) -> None:
         screen, self._screen = self._screen, None
+        self._is_in_fit = False
         self._arriving = None  # it holds on to values on the device
         if screen is not None:
             screen.close()
@@ -203,7 +206,7 @@ class ProgressBar(Callback):
         if not self._is_evaluating:
             self._is_evaluating, self._evaluated = True, Pace(_WINDOW)
             self._evaluated.mark(now, batch_idx + 1)
-            if not (self._screen.has_bars or trainer.is_fitting):
+            if not (self._screen.has_bars or self._is_in_fit):
                 self._next = now + self._seconds_per_line
         if now < self._next:
             return
@@ -220,7 +223,7 @@ class ProgressBar(Callback):
         )
         if self._screen.has_bars:
             self._next = now + _REDRAW
-            bars = [*self._bars(trainer, now), bar] if trainer.is_fitting else [bar]
+            bars = [*self._bars(trainer, now), bar] if self._is_in_fit else [bar]
             self._screen.draw(bars, self._words(trainer))
         else:
             self._next = now + self._seconds_per_line
@@ -229,7 +232,7 @@ class ProgressBar(Callback):
 
     def _end_evaluation(self, trainer: BaseTrainer) -> None:
         self._is_evaluating = False
-        if not trainer.is_fitting:
+        if not self._is_in_fit:
             self._close()
         elif self._screen is not None:
             self._mark(trainer)

@@ -315,7 +315,7 @@ class BaseTrainer(AbstractTrainer):
                 lock_run_directory(self, create=True)
                 open_run_directory(self)
             if was_restored and self.progress.num_batches:
-                self.origin = f"going on at {self.progress.place}: {self.run_directory}"
+                self.origin = end_line(self, "going on")
             if self.origin and not self._has_summary:
                 self.world.print(self.origin)
             self.is_fitting = True
