@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dream_trainer import metrics
 from dream_trainer.metrics import LoggedValues, merge_ranks, to_host, totals
 
 
@@ -120,3 +121,25 @@ def test_a_value_that_is_not_finite_stays_visible(bad: float) -> None:
 def test_a_filler_that_is_not_finite_spoils_nothing() -> None:
     (row,) = totals([[("loss", torch.tensor(math.nan), 0.0), ("loss", torch.tensor(2.0), 1.0)]])
     assert merge_ranks([row]) == {"loss": 2.0}
+
+
+def test_values_that_arrive_are_the_means_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_is_read_at_once", lambda value: False)
+    logged = LoggedValues()
+    logged.add({"a": torch.tensor(1.0), "b": 2}, weight=3.0)
+    logged.add({"a": torch.tensor(3.0)}, weight=torch.tensor(1.0))
+    assert metrics.ArrivingValues(logged.newest).values() == {"a": 1.5, "b": 2.0}
+    assert metrics.ArrivingValues([]).values() == {}
+
+
+def test_the_newest_values_are_still_there_when_somebody_has_taken_them() -> None:
+    logged = LoggedValues()
+    assert logged.newest == []
+    logged.add({"a": 1})
+    assert [name for name, *_ in logged.newest] == ["a"]
+    logged.take()
+    assert [name for name, *_ in logged.newest] == ["a"]
+    assert logged.take() == []
+    assert [name for name, *_ in logged.newest] == ["a"]
+    logged.add({"b": 1})
+    assert [name for name, *_ in logged.newest] == ["b"]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         PredictionWriter,
         Profiler,
         ProgressBar,
+        RunSummary,
         StepTimes,
         WeightAveraging,
     )
@@ -83,6 +84,7 @@ _HOMES = {
         "EMA",
         "SWA",
         "WeightAveraging",
+        "RunSummary",
         "StepTimes",
     ),
     "checkpointing": ("Checkpointer", "export_checkpoint"),
@@ -167,6 +169,7 @@ __all__ = [
     "ResumableRun",
     "ResumeReport",
     "RunPlan",
+    "RunSummary",
     "Size",
     "StepTimes",
     "TrainingParameters",

@@ -19,6 +19,7 @@ class LoggedValues:
 
     def __init__(self) -> None:
         self._observations: Observations = []
+        self._taken: Observations = []
         self._result: tuple[Any, int | None, str] | None = None
 
     def add_result(self, result: Any, num_samples: int | None, prefix: str) -> None:
@@ -73,7 +74,15 @@ class LoggedValues:
         if self._result is not None:
             self.resolve()
         taken, self._observations = self._observations, []
+        if taken:
+            self._taken = taken
         return taken
+
+    @property
+    def newest(self) -> Observations:
+        """What was added and not taken yet, or else what was taken last; to look at."""
+        self.resolve()
+        return self._observations or self._taken
 
     def drop(self) -> None:
         """Forget what was added."""
@@ -169,6 +178,50 @@ def to_host(values: Iterable[Value]) -> list[float]:
     return [next(moved) if isinstance(value, Tensor) else float(value) for value in values]
 
 
+class ArrivingValues:
+    """Means of observations that are on their way to the host, while nobody waits for them.
+
+    On CUDA the values are copied behind the work that is queued. Other accelerators are waited for,
+    here.
+
+    Args:
+        observations: of one row.
+    """
+
+    def __init__(self, observations: Observations) -> None:
+        self._row = observations
+        self._numbers: Tensor | None = None
+        self._copied: torch.cuda.Event | None = None
+        tensors = [n for entry in observations for n in entry if isinstance(n, Tensor)]
+        if tensors:
+            packed = _stacked(tensors)
+            if packed.is_cuda:
+                self._numbers = packed.to("cpu", non_blocking=True)
+                self._copied = torch.cuda.current_stream(packed.device).record_event()
+            else:
+                self._numbers = packed.cpu()
+
+    @property
+    def are_here(self) -> bool:
+        """Whether `values` would not wait."""
+        return self._copied is None or self._copied.query()
+
+    def values(self) -> dict[str, float]:
+        """A mean by name; waits for what is still on its way."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        numbers = iter([] if self._numbers is None else self._numbers.tolist())
+        row: Observations = [
+            (
+                name,
+                next(numbers) if isinstance(value, Tensor) else value,
+                next(numbers) if isinstance(weight, Tensor) else weight,
+            )
+            for name, value, weight in self._row
+        ]
+        return means([row])[0]
+
+
 def _is_read_at_once(value: Tensor) -> bool:
     """On the CPU there is nothing to wait for, and a tensor that is kept costs more."""
     return value.is_cpu and type(value) is Tensor
@@ -177,14 +230,18 @@ def _is_read_at_once(value: Tensor) -> bool:
 def _moved(tensors: Sequence[Tensor]) -> list[float]:
     if not tensors:
         return []
+    moved: list[float] = _stacked(tensors).tolist()
+    return moved
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of one element as one of float64, on their device."""
     # A user's own value, or one from a checkpoint, may be on the CPU beside an accelerator's.
     device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
     dtype = tensors[0].dtype
     if any(t.dtype != dtype or t.device != device for t in tensors):
         tensors = [tensor.double().to(device) for tensor in tensors]
-    stacked = torch.stack([t.reshape(()) if t.ndim else t for t in tensors])
-    moved: list[float] = stacked.double().tolist()
-    return moved
+    return torch.stack([t.reshape(()) if t.ndim else t for t in tensors]).double()
 
 
 def merge_ranks(parts: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, float]:

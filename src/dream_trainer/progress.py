@@ -99,6 +99,11 @@ class Progress:
         self.in_epoch = self.train_epoch_finished = False
         self.last_batch_finished = self.is_epoch_closing = False
 
+    @property
+    def place(self) -> str:
+        """Where the run is, for people; see `place_in_words`."""
+        return place_in_words(self.num_steps, self.epoch, self.in_epoch)
+
     def state_dict(self) -> dict[str, Any]:
         """The counters as plain data, without those of this process alone."""
         return {name: value for name, value in asdict(self).items() if name not in _LOCAL}
@@ -109,6 +114,21 @@ class Progress:
         for name in known & state_dict.keys():
             # A copy: what is given stays as it is.
             setattr(self, name, copy.copy(state_dict[name]))
+
+
+def place_in_words(num_steps: int, num_epochs: int, in_epoch: bool) -> str:
+    """``"step 46, after 2 epochs"`` between two epochs, ``"step 50, in epoch 3"`` inside one.
+
+    So a number of epochs is one of completed ones, and an epoch's own number counts from 1.
+
+    Args:
+        num_steps: optimizer steps taken.
+        num_epochs: epochs completed.
+        in_epoch: whether the next one has begun.
+    """
+    if in_epoch:
+        return f"step {num_steps}, in epoch {num_epochs + 1}"
+    return f"step {num_steps}, after {num_epochs} epoch{'s' * (num_epochs != 1)}"
 
 
 def reaches_multiple(step: int, every: int, *, after: int) -> bool:

@@ -202,6 +202,25 @@ def test_a_field_of_the_configuration_takes_the_place_of_a_commands_own_option()
     assert "debug: true" in run("fit", "--debug", "true", "--print_config")
 
 
+def test_summarize_tells_what_fit_would_run_and_runs_nothing() -> None:
+    lines = run("summarize", "--experiment", "a").splitlines()
+    assert lines[0] == "would be a new run in runs/default/default/a"
+    assert [line.split()[0] for line in lines if line[0] != " "][1:] == [
+        "devices",
+        "model",
+        "data",
+        "batch",
+        "length",
+    ]
+    assert not Path("runs").exists()
+    run("fit", "--experiment", "a")
+    before = files_of_run()
+    deeper = run("summarize", "--experiment", "a", "--depth", "0").splitlines()
+    assert deeper[0].startswith("would go on in runs/default/default/a at step 8 (step-00000008")
+    assert len(deeper) == 7
+    assert files_of_run() == before
+
+
 def test_a_second_run_neither_overwrites_nor_mixes_with_the_first_one() -> None:
     run("fit", "--experiment", "a")
     before = files_of_run()

@@ -17,7 +17,7 @@ from typing import get_type_hints
 import pytest
 from support import TinyTrainer, tiny
 
-from dream_trainer.callbacks import Callback, ProgressBar
+from dream_trainer.callbacks import Callback, ProgressBar, RunSummary
 from dream_trainer.cli.candidates import candidates
 from dream_trainer.cli.commands import COMMANDS, own_options
 from dream_trainer.cli.completion import split_line
@@ -251,7 +251,7 @@ def test_the_source_tells_what_the_imported_classes_have(tmp_path: Path) -> None
         return 1 + sum(compare(f"{path}.{name}".lstrip("."), kind) for name, kind in below.items())
 
     assert compare("", config_class_of(TinyTrainer)) == 4
-    made = tiny(tmp_path, callbacks={"progress": ProgressBar()}).callbacks
+    made = tiny(tmp_path, callbacks={"summary": RunSummary(), "progress": ProgressBar()}).callbacks
     kinds = {name: type(made[name]) for name in made}
     assert {n: f"{kind.__module__}.{kind.__name__}" for n, kind in kinds.items()} == RUN_CALLBACKS
 

@@ -159,7 +159,7 @@ def test_without_a_seed_nothing_may_be_drawn_before_the_run() -> None:
 def test_one_batch_of_everything_writes_nothing() -> None:
     done = fit("--preset", "debug")
     assert done.status == 0, done.err
-    assert "done at step 1, epoch 1" in done.out
+    assert "done at step 1, after 1 epoch" in done.out
     assert not Path("runs").exists()
 
 

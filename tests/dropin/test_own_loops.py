@@ -465,8 +465,8 @@ def test_a_script_runs_under_fabric_run(tmp_path: Path) -> None:
     words = ["--accelerator", "cpu", "--devices", 2, "--strategy", "ddp"]
     command = [BIN / "fabric", "run", *words, "--main-port", free_port(), script]
     first, second = run(command, tmp_path), run(command, tmp_path)
-    assert ("done at step 12, epoch 3" in first, "loss" in first) == (True, True)
-    assert ("done at step 12, epoch 3" in second, "loss" in second) == (True, False)
+    assert ("done at step 12, after 3 epochs" in first, "loss" in first) == (True, True)
+    assert ("done at step 12, after 3 epochs" in second, "loss" in second) == (True, False)
 
 
 def test_the_loggers_of_the_fabric_get_the_rows(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_folds_that_were_killed_end_with_the_same_bits_and_the_same_table(tmp_pa
     again, killed = folds(tmp_path, "killed")
 
     assert [one.name for one in begun] == ["fold0", "fold1"]
-    assert "resuming runs/k_fold/killed/fold0 at step 36, epoch 3" in again
+    assert "resuming runs/k_fold/killed/fold0 at step 36, after 3 epochs" in again
     assert "resuming runs/k_fold/killed/fold1 at step" in again
     assert "new run in runs/k_fold/killed/fold2" in again
     assert [one.name for one in killed] == ["fold0", "fold1", "fold2"]
@@ -73,7 +73,7 @@ def test_one_fold_is_trained_alone_and_another_table_has_other_classes(tmp_path:
     output = run(tmp_path, SCRIPT, "fit", "--table", "wine", "--fold", 2, *short)
     refused = run(tmp_path, SCRIPT, "fit", "--fold", 5, status=2)
 
-    assert "done at step 10, epoch 2: runs/k_fold/default/fold2" in output
+    assert "done at step 10, after 2 epochs: runs/k_fold/default/fold2" in output
     assert "5 is none of 5 folds, from 0" in refused
 
 

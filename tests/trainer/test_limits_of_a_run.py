@@ -196,7 +196,7 @@ def test_stop_ends_the_run_after_the_step_and_saves(
     trainer = tiny(tmp_path, callbacks={"stops": Stops(3)}, num_samples=40)
     trainer.fit()
     assert (trainer.global_step, trainer.stop_reason) == (3, "seen enough")
-    assert "seen enough at step 3, epoch 0" in capsys.readouterr().out
+    assert "seen enough at step 3, in epoch 1" in capsys.readouterr().out
     assert trainer.checkpointer.store.newest().manifest.step == 3
 
 

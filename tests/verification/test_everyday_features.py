@@ -19,6 +19,8 @@ from dream_trainer import (
     GarbageCollection,
     Histograms,
     Profiler,
+    ProgressBar,
+    RunSummary,
     StepTimes,
     verify_resume,
 )
@@ -104,11 +106,18 @@ def averages_late_weights() -> tuple[type[TinyTrainer], dict[str, Any]]:
     return Normed, {"callbacks": {"swa": swa}}
 
 
+def says_all_that_it_can() -> tuple[type[TinyTrainer], dict[str, Any]]:
+    # By names of their own: verify_resume leaves out those that every run has.
+    bars, told = ProgressBar(metrics=["*"], seconds_per_line=0.0), RunSummary(min_steps=0)
+    return TinyTrainer, {"callbacks": {"bars": bars, "told": told}}
+
+
 #: Feature -> (trainer class, options of `tiny_config`).
 FEATURES: dict[str, Callable[[], tuple[type[TinyTrainer], dict[str, Any]]]] = {
     "none": lambda: (TinyTrainer, {}),
     "averages: EMA": averages_exponentially,
     "averages: SWA": averages_late_weights,
+    "display": says_all_that_it_can,
     "on_nonfinite": skips_every_third_step,
     "garbage collection": lambda: (TinyTrainer, with_callback(GarbageCollection(every_n_steps=2))),
     "histograms": lambda: (WithBoard, with_callback(Histograms(2, parameters=True))),

@@ -11,6 +11,7 @@ from dream_trainer.callbacks.metric_logger import MetricLogger
 from dream_trainer.callbacks.prediction_writer import PredictionWriter
 from dream_trainer.callbacks.profiler import Profiler
 from dream_trainer.callbacks.progress_bar import ProgressBar
+from dream_trainer.callbacks.run_summary import RunSummary
 from dream_trainer.callbacks.step_times import StepTimes
 from dream_trainer.callbacks.swa import SWA
 from dream_trainer.callbacks.weight_averaging import WeightAveraging
@@ -29,6 +30,7 @@ __all__ = [
     "PredictionWriter",
     "Profiler",
     "ProgressBar",
+    "RunSummary",
     "StepTimes",
     "WeightAveraging",
 ]

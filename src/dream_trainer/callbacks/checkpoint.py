@@ -89,7 +89,7 @@ class CheckpointCallback(Callback):
         if not (is_asked_for and is_whole and trainer.is_fitting):
             return
         self._save_now(trainer)
-        trainer.world.print(f"saved at step {trainer.global_step}; the same command goes on")
+        trainer.world.print(f"saved at {trainer.progress.place}; the same command goes on")
 
     def _is_due(self, trainer: BaseTrainer) -> bool:
         parameters, progress = trainer.config.checkpoint_parameters, trainer.progress

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dream_trainer.callbacks.callback import Callback
@@ -30,6 +30,9 @@ class MetricLogger(Callback):
         every_n_steps: log every n-th step.
         flush_every_n_rows: rows kept before they are moved and written.
 
+    Attributes:
+        latest: the last value written under each name, and the step of its row.
+
     Raises:
         NonFiniteError: at a flush, naming the step.
     """
@@ -37,6 +40,7 @@ class MetricLogger(Callback):
     def __init__(self, every_n_steps: int = 1, flush_every_n_rows: int = 50) -> None:
         self.every_n_steps = every_n_steps
         self.flush_every_n_rows = flush_every_n_rows
+        self.latest: dict[str, tuple[float, int]] = {}
         self._rows = RowLog()
         self._last_validation_step = self._last_train_epoch = -1
         self._last_step = 0
@@ -109,6 +113,7 @@ class MetricLogger(Callback):
         rows = self._rows.flush(trainer.world, trainer.loggers.values())
         # A loss scale that is too large makes norms overflow; such steps are skipped as meant.
         watched = _WATCHED[:1] if trainer.world.scales_loss else _WATCHED
+        self._keep_latest(rows)
         batches, self._batches = self._batches, {}
         if trainer.training_parameters.on_nonfinite == "skip":
             return
@@ -130,6 +135,14 @@ class MetricLogger(Callback):
         self._rows.load_state_dict(state_dict)
         self._last_train_epoch = state_dict["last_train_epoch"]
         self._last_validation_step = state_dict["last_validation_step"]
+
+    def _keep_latest(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        found: dict[str, tuple[float, int]] = {}
+        for row in reversed(rows):
+            if not row.keys() <= found.keys():  # most rows have the names of the one after them
+                for name, value in row.items():
+                    found.setdefault(name, (value, row["step"]))
+        self.latest |= found
 
     def _take_step(self, trainer: BaseTrainer) -> None:
         values, step = trainer.logged.take(), trainer.progress.num_steps

@@ -37,6 +37,7 @@ from dream_trainer.cli.on_checkpoint import add_checkpoint, call_method
 from dream_trainer.cli.plan import PLAN_HELP, add_plan_options, plan, require_ranks
 from dream_trainer.cli.predict import add_predict_options, check_predict, predict
 from dream_trainer.cli.report import add_report_command
+from dream_trainer.cli.summarize import SUMMARIZE_HELP, add_summarize_options, summarize
 from dream_trainer.cli.verify_resume import (
     VERIFY_RESUME_HELP,
     add_verify_resume_options,
@@ -141,6 +142,7 @@ COMMANDS: Mapping[str, Command] = {
     "export-model": Command(
         EXPORT_MODEL_HELP, export_model, add_export_model_options, check=check_export_model
     ),
+    "summarize": Command(SUMMARIZE_HELP, summarize, add_summarize_options),
     "verify-resume": Command(
         VERIFY_RESUME_HELP, run_verify_resume, add_verify_resume_options, makes_trainer=False
     ),

@@ -22,6 +22,7 @@ _TRAINER = "dream_trainer.trainer.abstract.AbstractTrainer"
 RUN_CALLBACKS = {
     "lr": "dream_trainer.callbacks.learning_rate.LearningRateMonitor",
     "metrics": "dream_trainer.callbacks.metric_logger.MetricLogger",
+    "summary": "dream_trainer.callbacks.run_summary.RunSummary",
     "progress": "dream_trainer.callbacks.progress_bar.ProgressBar",
     "checkpoint": "dream_trainer.callbacks.checkpoint.CheckpointCallback",
 }

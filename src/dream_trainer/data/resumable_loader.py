@@ -169,6 +169,11 @@ class ResumableLoader:
         return self._reader.length(self._read_as(self.epoch))
 
     @property
+    def num_samples_in_epoch(self) -> int | None:
+        """Samples of a whole epoch over all ranks, before ``drop_last``; None if unknown."""
+        return self.length if self._reader.unit == "samples" else None
+
+    @property
     def order_checksum(self) -> int | None:
         """A checksum of the order that a sampler of a user's gave; differs if ranks disagree."""
         return self._reader.checksum(self._read_as(self.epoch))

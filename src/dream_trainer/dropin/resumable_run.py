@@ -30,6 +30,7 @@ from dream_trainer.dropin.reading import Reading, reading_of
 from dream_trainer.errors import CheckpointError, ConfigError, StateError
 from dream_trainer.loggers import purge_after
 from dream_trainer.metrics import LoggedValues, Value
+from dream_trainer.progress import place_in_words
 from dream_trainer.randomness import rng_state, set_rng_state
 from dream_trainer.storage.run_lock import RunLock
 from dream_trainer.world.gradient_sync import fix_bucket_order
@@ -201,7 +202,7 @@ class ResumableRun:
         else:
             self._put_back(loaded.state, str(loaded.path))
             self.is_resumed, self._saved_at = True, (self.step, self.epoch)
-            world.print(f"resuming {self.directory} at step {self.step}, epoch {self.epoch}")
+            world.print(f"resuming {self.directory} at {self._progress_in_words}")
         writes = world.is_global_zero
         self._rows.open(
             self.directory / "metrics.jsonl" if writes else None, goes_on=loaded is not None
@@ -360,6 +361,10 @@ class ResumableRun:
         if values or self._world.size > 1:
             self._rows.add(self.step, self.epoch, values)
 
+    @property
+    def _progress_in_words(self) -> str:
+        return place_in_words(self.step, self.epoch, self._position > 0)
+
     def _flush(self) -> None:
         self._rows.flush(self._world, self._world.loggers)
 
@@ -370,7 +375,7 @@ class ResumableRun:
             yield
             self._flush()
             self._save_at_last()
-            self._world.print(f"done at step {self.step}, epoch {self.epoch}: {self.directory}")
+            self._world.print(f"done at {self._progress_in_words}: {self.directory}")
         except GeneratorExit:
             # Left by `break`, or by an error of the program, which only its end or `__exit__` see:
             # other ranks may wait for this one, so it does not wait for them.

@@ -94,6 +94,7 @@ def run_thrown_away(
         made.callbacks = {
             "inspection_folder": _RunDirectory(),
             **_copies(config.callbacks),
+            "summary": None,
             "progress": None,
             **(callbacks or {}),
             "inspection": answer,

@@ -133,7 +133,9 @@ def tiny_config(root: Path | str, **options: Any) -> TinyConfig:
         own = {key: options.pop(key) for key in list(options) if key in known}
         if name not in options:
             made[name] = kind(**defaults | own)
-    callbacks: dict[str, Any] = {"progress": None} | dict(options.pop("callbacks", {}))
+    callbacks: dict[str, Any] = {"summary": None, "progress": None} | dict(
+        options.pop("callbacks", {})
+    )
     return TinyConfig(**made | options, callbacks=callbacks)
 
 

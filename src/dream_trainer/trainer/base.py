@@ -24,7 +24,10 @@ from dream_trainer.callbacks import (
     LearningRateMonitor,
     MetricLogger,
     ProgressBar,
+    RunSummary,
 )
+from dream_trainer.callbacks.overview import Overview, overview
+from dream_trainer.callbacks.run_summary import end_line
 from dream_trainer.configs import CheckpointParameters, Link, TrainingParameters
 from dream_trainer.coordination import Interruption, Place, RankWatch, StopAgreement
 from dream_trainer.data import ResumableLoader
@@ -44,7 +47,12 @@ from dream_trainer.trainer.nonfinite import StepGuard
 from dream_trainer.trainer.optimizer_steps import OptimizerSteps
 from dream_trainer.trainer.presets import Preset, debug, overfit
 from dream_trainer.trainer.ranks_elsewhere import bring_back, run_on_ranks
-from dream_trainer.trainer.restore import lock_run_directory, open_run_directory, restore
+from dream_trainer.trainer.restore import (
+    foretell,
+    lock_run_directory,
+    open_run_directory,
+    restore,
+)
 from dream_trainer.trainer.run_directory import (
     config_yaml,
     fresh_experiment_name,
@@ -77,8 +85,8 @@ class BaseTrainerConfig(AbstractTrainerConfig):
     checkpoint_parameters: CheckpointParameters = field(default_factory=CheckpointParameters)
     """Triggers, retention, resume."""
     callbacks: dict[str, Callback | None] = field(default_factory=dict)
-    """Callbacks by name, on top of ``lr``, ``metrics``, ``progress`` and ``checkpoint``; the same
-    name replaces one, None leaves it out."""
+    """Callbacks by name, on top of ``lr``, ``metrics``, ``summary``, ``progress`` and
+    ``checkpoint``; the same name replaces one, None leaves it out."""
     loggers: dict[str, Any] = field(default_factory=dict)
     """Lightning loggers by name, beside the exact JSONL log."""
 
@@ -134,6 +142,7 @@ class BaseTrainer(AbstractTrainer):
         is_fitting: whether `fit` is under way.
         is_prepared: whether `prepare` is done.
         is_resumed: whether the run continues from a checkpoint.
+        origin: how the run has started, for people; empty before.
         is_brought_back: whether ranks that were forked or spawned have ended, and left this.
         is_closed: whether `close` was called.
         is_interrupted_between_batches: in ``on_interrupt``, whether the state is whole.
@@ -154,6 +163,7 @@ class BaseTrainer(AbstractTrainer):
         defaults: dict[str, Callback | None] = {
             "lr": LearningRateMonitor(),
             "metrics": MetricLogger(),
+            "summary": RunSummary(),
             "progress": ProgressBar(),
             "checkpoint": CheckpointCallback(),
         }
@@ -174,6 +184,7 @@ class BaseTrainer(AbstractTrainer):
         self.is_interrupted_between_batches = False
         self.is_brought_back = self.is_closed = False
         self.stop_reason: str | None = None
+        self.origin = ""
         self._connect()
         self.validation_results: Mapping[str, float] = {}
         self.describe_config: Callable[[Any], str] = config_yaml
@@ -298,10 +309,15 @@ class BaseTrainer(AbstractTrainer):
             self.prepare()
             if self.writes_run_directory:
                 lock_run_directory(self, create=False)
+            was_restored = self._is_restored
             self._restore(read_only=False)
             if self.writes_run_directory:
                 lock_run_directory(self, create=True)
                 open_run_directory(self)
+            if was_restored and self.progress.num_batches:
+                self.origin = end_line(self, "going on")
+            if self.origin and not self._has_summary:
+                self.world.print(self.origin)
             self.is_fitting = True
             self.callbacks.pre_fit(self)
             self.loop.sanity_check()
@@ -311,7 +327,8 @@ class BaseTrainer(AbstractTrainer):
             self.loop.run()
             self.callbacks.post_fit(self)
             self.checkpointer.wait()
-        self._say_end()
+        if not self._has_summary:
+            self.world.print(end_line(self, self.stop_reason or "done"))
 
     def validate(self, checkpoint: str | Path | None = None) -> dict[str, float]:
         """Validate once, on the state that `fit` would continue from.
@@ -437,6 +454,22 @@ class BaseTrainer(AbstractTrainer):
 
         with self._evaluation("export", checkpoint):
             return export(self, Path(path), **options)
+
+    def summary(self, depth: int = 1) -> Overview:
+        """What `fit` is about to do: ``print(trainer.summary())``. Nothing is loaded or written.
+
+        Every rank calls it: it launches and sets up.
+
+        Args:
+            depth: levels of modules below each model.
+        """
+        if self.world.starts_functions:
+            return cast("Overview", run_on_ranks(self, "summary", depth).result)
+        if self.is_running:
+            return overview(self, foretell(self), depth)
+        with running(self):
+            self.prepare()
+            return overview(self, foretell(self), depth)
 
     def backward(self, loss: Tensor, weight: Weight | None = None) -> None:
         """Backward pass, scaled so that the step's gradient is a mean over its window.
@@ -787,10 +820,10 @@ class BaseTrainer(AbstractTrainer):
             )
         return made
 
-    def _say_end(self) -> None:
-        reason = self.stop_reason or "done"
-        place = f": {self.run_directory}" if self.writes_run_directory else ""
-        self.world.print(f"{reason} at step {self.global_step}, epoch {self.current_epoch}{place}")
+    @property
+    def _has_summary(self) -> bool:
+        """Whether a callback says how the run starts and ends."""
+        return any(isinstance(self.callbacks[name], RunSummary) for name in self.callbacks)
 
     def _sum_over_data_parallel(self, total: Tensor) -> Tensor:
         if self.world.dp_size == 1:

@@ -18,11 +18,12 @@ _MOST_DIFFERENCES = 20
 
 
 def restore(trainer: BaseTrainer, *, read_only: bool) -> None:
-    """Load what ``checkpoint_parameters`` say, and tell it in one line.
+    """Load what ``checkpoint_parameters`` say. ``trainer.origin`` tells it.
 
     Args:
         trainer: set up.
         read_only: leave the run directory as it is; the run may be under way in another process.
+            Then it is told here, for no callback does.
 
     Raises:
         ConfigError: ``resume`` forbids what there is, or demands what there is not.
@@ -47,14 +48,35 @@ def restore(trainer: BaseTrainer, *, read_only: bool) -> None:
                 "length of the data can be allowed by name (checkpoint_parameters.allow_changed).",
             ) from error
         manifest = loaded.manifest
-        trainer.world.print(
-            f"resuming {directory} at step {manifest.step}, epoch {manifest.epoch} "
+        trainer.origin = (
+            f"resuming {directory} at {trainer.progress.place} "
             f"({loaded.path.name}, saved {manifest.saved_at})"
         )
     elif parameters.init_from is not None:
         from dream_trainer.trainer.warm_start import load_weights
 
-        load_weights(trainer, parameters.init_from)
+        trainer.origin = load_weights(trainer, parameters.init_from)
+    if read_only and trainer.origin:
+        trainer.world.print(trainer.origin)
+
+
+def foretell(trainer: BaseTrainer) -> str:
+    """How `fit` would start. It looks at names only: checkpoints are read when they are loaded."""
+    parameters, directory = trainer.checkpoint_parameters, trainer.run_directory
+    if trainer.origin:
+        return trainer.origin
+    if parameters.resume not in ("auto", "never", "must"):
+        return f"would go on from {parameters.resume} in {directory}"
+    if parameters.enable and (newest := trainer.checkpointer.store.newest()) is not None:
+        if parameters.resume == "never":
+            return f"would be refused: {directory} has checkpoints, and resume='never'"
+        return f"would go on in {directory} at step {newest.manifest.step} ({newest.path.name})"
+    if parameters.enable and parameters.resume == "must":
+        return f"would be refused: {directory} has no checkpoint, and resume='must'"
+    where = f"would be a new run in {directory}" if parameters.enable else "nothing on disk"
+    if parameters.init_from is not None:
+        return f"{where}, with weights from {parameters.init_from}"
+    return where
 
 
 def lock_run_directory(trainer: BaseTrainer, *, create: bool) -> None:
@@ -82,7 +104,8 @@ def open_run_directory(trainer: BaseTrainer) -> None:
     """Record the configuration of the run that is about to write there. A collective."""
     directory, world = trainer.run_directory, trainer.world
     if not trainer.progress.num_batches:
-        world.print(f"new run in {directory}")
+        weights = f", {trainer.origin}" if trainer.origin else ""
+        trainer.origin = f"new run in {directory}{weights}"
     text = trainer.describe_config(trainer.config)
     changed = _on_rank_zero(trainer, lambda: record_config(directory, text))
     if changed:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def load_weights(trainer: BaseTrainer, given: str) -> None:
-    """Load the weights at a path into the models, and tell it in one line.
+def load_weights(trainer: BaseTrainer, given: str) -> str:
+    """Load the weights at a path into the models.
 
     Every rank calls it, and every rank raises if one does; then nothing has been loaded.
 
@@ -33,6 +33,9 @@ def load_weights(trainer: BaseTrainer, given: str) -> None:
         trainer: set up; its ``checkpoint_parameters`` say how names are changed and whether
             everything must fit.
         given: one of the forms of ``init_from``.
+
+    Returns:
+        What was loaded, in a few words.
 
     Raises:
         CheckpointError: it cannot be read, or not without running code.
@@ -64,7 +67,7 @@ def load_weights(trainer: BaseTrainer, given: str) -> None:
         warnings.warn(f"not loaded from {path}:\n  - " + "\n  - ".join(problems), stacklevel=2)
     trainer.components.load_state_dict(weights, copies=False)  # they were read for this
     kind = "weights" if average is None else f"averaged weights ({average})"
-    world.print(f"{kind} from {path}: {num_fitting} of {num_own}")
+    return f"{kind} from {path}: {num_fitting} of {num_own}"
 
 
 def read_weights(

@@ -20,7 +20,7 @@ from dream_trainer.tuning.size_search import SizeMode, sizes_to_try
 from dream_trainer.verification.processes import StartMethod, default_start_method
 
 Config = TypeVar("Config", bound=BaseTrainerConfig)
-_QUIET: dict[str, Any] = {"lr": None, "metrics": None, "progress": None, "checkpoint": None}
+_QUIET: dict[str, Any] = dict.fromkeys(("lr", "metrics", "summary", "progress", "checkpoint"))
 _FEWEST_STEPS = 2
 
 

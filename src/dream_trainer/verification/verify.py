@@ -238,7 +238,7 @@ def _for_verification(config: Config, root: str, steps: int, every: int) -> Conf
         async_save=False,  # a checkpoint must be there when its hook returns
         resume="auto",
     )
-    made.callbacks = {**config.callbacks, "progress": None}
+    made.callbacks = {**config.callbacks, "summary": None, "progress": None}
     if made.callbacks.get("checkpoint", True) is None:
         made.callbacks["checkpoint"] = CheckpointCallback()
     made.loggers = {}
