@@ -12,6 +12,7 @@ from dream_trainer.errors import NonFiniteError
 from dream_trainer.loggers import purge_after
 from dream_trainer.metrics import Observations
 from dream_trainer.progress import reaches_multiple
+from dream_trainer.reductions import ReducedValues
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
@@ -89,8 +90,9 @@ class MetricLogger(Callback):
 
     def on_boundary(self, trainer: BaseTrainer) -> None:
         """Write what was logged after the step, in the hooks of a validation or an epoch."""
-        if values := trainer.logged.take():
-            self._add_row(trainer, values)
+        values = trainer.logged.take()
+        if values or trainer.logged.reduced is not None:
+            self._add_row(trainer, values, trainer.logged.take_reduced())
 
     def post_fit(self, trainer: BaseTrainer) -> None:
         """Write the last rows; nothing else does in a run that ends inside an epoch unsaved."""
@@ -133,10 +135,12 @@ class MetricLogger(Callback):
 
     def _take_step(self, trainer: BaseTrainer) -> None:
         values, step = trainer.logged.take(), trainer.progress.num_steps
+        reduced = trainer.logged.take_reduced()
         before, self._last_step = self._last_step, step
-        if values and reaches_multiple(step, self.every_n_steps, after=before):
+        is_row = values or reduced is not None or trainer.world.size > 1
+        if is_row and reaches_multiple(step, self.every_n_steps, after=before):
             self._batches[step] = trainer.progress.num_batches_in_epoch - 1
-            self._add_row(trainer, values)
+            self._add_row(trainer, values, reduced)
 
     def _take_train_epoch(self, trainer: BaseTrainer) -> None:
         progress = trainer.progress
@@ -152,9 +156,11 @@ class MetricLogger(Callback):
             self._last_validation_step = step
             self._add_row(trainer, _exact(trainer.validation_results))
 
-    def _add_row(self, trainer: BaseTrainer, values: Observations) -> None:
+    def _add_row(
+        self, trainer: BaseTrainer, values: Observations, reduced: ReducedValues | None = None
+    ) -> None:
         progress = trainer.progress
-        self._rows.add(progress.num_steps, progress.epoch, values)
+        self._rows.add(progress.num_steps, progress.epoch, values, reduced)
 
 
 def _raise_nonfinite(

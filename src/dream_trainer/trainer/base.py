@@ -29,10 +29,12 @@ from dream_trainer.configs import CheckpointParameters, Link, TrainingParameters
 from dream_trainer.coordination import Interruption, Place, RankWatch, StopAgreement
 from dream_trainer.data import ResumableLoader
 from dream_trainer.errors import ConfigError
+from dream_trainer.host_values import Value
 from dream_trainer.loggers import Logger
 from dream_trainer.loop import FitLoop
-from dream_trainer.metrics import LoggedValues, Value
+from dream_trainer.metrics import LoggedValues
 from dream_trainer.randomness import all_preserved, seed_everything
+from dream_trainer.reductions import Reduce
 from dream_trainer.storage.run_lock import RunLock
 from dream_trainer.trainer.abstract import AbstractTrainer, AbstractTrainerConfig
 from dream_trainer.trainer.closing import close
@@ -475,13 +477,43 @@ class BaseTrainer(AbstractTrainer):
             return None
         return self._optimizer_steps.take(optimizer)
 
-    def log(self, name: str, value: Value) -> None:
-        """Log one value with the step under way."""
-        self.logged.add({name: value})
+    def log(
+        self, name: str, value: Value, *, reduce: Reduce = "mean", weight: Value | None = None
+    ) -> None:
+        """Log one value with the step, or the validation, under way.
 
-    def log_dict(self, values: Mapping[str, Value]) -> None:
-        """Log values with the step under way; tensors stay on the device until later."""
-        self.logged.add(values)
+        It is reduced over the batches of the step (of the validation) and all data-parallel
+        ranks, when rows are written: logging costs no synchronisation. On every rank.
+
+        Args:
+            name: in the row, as it is.
+            value: a number, or a tensor with one element, which stays on the device.
+            reduce: how values of the same name become one.
+            weight: how much this one counts in the mean; 1 if left out.
+
+        Raises:
+            ValueError: there is no such reduction, or a weight for another one than the mean.
+        """
+        if reduce == "mean":
+            self.logged.add({name: value}, 1.0 if weight is None else weight)
+        else:
+            self.log_dict({name: value}, reduce=reduce, weight=weight)
+
+    def log_dict(
+        self,
+        values: Mapping[str, Value],
+        *,
+        reduce: Reduce = "mean",
+        weight: Value | None = None,
+    ) -> None:
+        """Log values with the step under way; see `log`."""
+        if reduce == "mean":
+            self.logged.add(values, 1.0 if weight is None else weight)
+            return
+        if weight is not None:
+            raise ValueError(f"a weight counts in means, and {', '.join(values)} is a {reduce}")
+        for name, value in values.items():
+            self.logged.add_reduced(name, value, reduce)
 
     def stop(self, reason: str) -> None:
         """End the run after the step under way, or, on several ranks, after one they agree on.
