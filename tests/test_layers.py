@@ -33,7 +33,7 @@ LAYERS = (
     ("loggers", "checkpointing", "data", "coordination", "predictions"),
     ("world",),
     ("storage",),
-    ("configs", "progress", "accumulation", "metrics", "randomness", "reductions"),
+    ("configs", "progress", "accumulation", "measured", "metrics", "randomness", "reductions"),
     ("errors", "host_values", "lazy_names"),
 )
 TRAINERS = ("trainer.dream", "trainer.base")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         ProgressBar,
         StepTimes,
         WeightAveraging,
+        Timeline,
     )
     from dream_trainer.checkpointing import Checkpointer, export_checkpoint
     from dream_trainer.cli import Command, DreamCLI
@@ -84,6 +85,7 @@ _HOMES = {
         "SWA",
         "WeightAveraging",
         "StepTimes",
+        "Timeline",
     ),
     "checkpointing": ("Checkpointer", "export_checkpoint"),
     "cli": ("Command", "DreamCLI"),
@@ -169,6 +171,7 @@ __all__ = [
     "RunPlan",
     "Size",
     "StepTimes",
+    "Timeline",
     "TrainingParameters",
     "WeightAveraging",
     "benchmark",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def assert_reduced(rows: list[dict[str, Any]], windows: list[list[int]], batches
 
 def test_values_are_reduced_over_the_batches_of_a_step_and_of_a_validation(tmp_path: Path) -> None:
     rows, seen = reduced_run(tmp_path, gradient_accumulation_steps=3)
-    assert_reduced(rows, [sum(seen[:3], []), sum(seen[3:], [])], batches=3)
+    assert_reduced(rows, [[*chain(*seen[:3])], [*chain(*seen[3:])]], batches=3)
 
 
 @pytest.mark.distributed
@@ -75,7 +76,7 @@ def test_values_are_reduced_over_ranks(tmp_path: Path, sharded: bool) -> None:
         return reduced_run(tmp_path, gradient_accumulation_steps=3, **layout)
 
     (rows, one), (_, other) = run_ranks(2, rank)
-    assert_reduced(rows, [sum(one + other, [])], batches=6)
+    assert_reduced(rows, [[*chain(*one, *other)]], batches=6)
 
 
 @pytest.mark.distributed

@@ -14,6 +14,7 @@ from dream_trainer.callbacks.progress_bar import ProgressBar
 from dream_trainer.callbacks.step_times import StepTimes
 from dream_trainer.callbacks.swa import SWA
 from dream_trainer.callbacks.weight_averaging import WeightAveraging
+from dream_trainer.callbacks.timeline import Timeline
 
 __all__ = [
     "EMA",
@@ -31,4 +32,5 @@ __all__ = [
     "ProgressBar",
     "StepTimes",
     "WeightAveraging",
+    "Timeline",
 ]

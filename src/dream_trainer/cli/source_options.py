@@ -24,6 +24,7 @@ RUN_CALLBACKS = {
     "metrics": "dream_trainer.callbacks.metric_logger.MetricLogger",
     "progress": "dream_trainer.callbacks.progress_bar.ProgressBar",
     "checkpoint": "dream_trainer.callbacks.checkpoint.CheckpointCallback",
+    "timeline": "dream_trainer.callbacks.timeline.Timeline",
 }
 #: Where subclasses are looked for, besides the trainer's module and the base class's own.
 _MORE_CLASSES = {

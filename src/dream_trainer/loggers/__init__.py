@@ -3,5 +3,6 @@
 from dream_trainer.loggers.jsonl import JsonlLog
 from dream_trainer.loggers.protocol import Logger
 from dream_trainer.loggers.tensorboard import purge_after
+from dream_trainer.loggers.timeline import TimelineFile
 
-__all__ = ["JsonlLog", "Logger", "purge_after"]
+__all__ = ["JsonlLog", "Logger", "TimelineFile", "purge_after"]

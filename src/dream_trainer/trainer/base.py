@@ -24,6 +24,7 @@ from dream_trainer.callbacks import (
     LearningRateMonitor,
     MetricLogger,
     ProgressBar,
+    Timeline,
 )
 from dream_trainer.configs import CheckpointParameters, Link, TrainingParameters
 from dream_trainer.coordination import Interruption, Place, RankWatch, StopAgreement
@@ -32,6 +33,7 @@ from dream_trainer.errors import ConfigError
 from dream_trainer.host_values import Value
 from dream_trainer.loggers import Logger
 from dream_trainer.loop import FitLoop
+from dream_trainer.measured import MeasuredValues
 from dream_trainer.metrics import LoggedValues
 from dream_trainer.randomness import all_preserved, seed_everything
 from dream_trainer.reductions import Reduce
@@ -79,8 +81,8 @@ class BaseTrainerConfig(AbstractTrainerConfig):
     checkpoint_parameters: CheckpointParameters = field(default_factory=CheckpointParameters)
     """Triggers, retention, resume."""
     callbacks: dict[str, Callback | None] = field(default_factory=dict)
-    """Callbacks by name, on top of ``lr``, ``metrics``, ``progress`` and ``checkpoint``; the same
-    name replaces one, None leaves it out."""
+    """Callbacks by name, on top of ``lr``, ``metrics``, ``progress``, ``checkpoint`` and
+    ``timeline``; the same name replaces one, None leaves it out."""
     loggers: dict[str, Any] = field(default_factory=dict)
     """Lightning loggers by name, beside the exact JSONL log."""
 
@@ -132,6 +134,9 @@ class BaseTrainer(AbstractTrainer):
         window: the accumulation window under way.
         guard: asked before each step, if ``on_nonfinite`` is ``"skip"``.
         logged: values logged since the last step.
+        measured: values measured since the last line of the timeline.
+        began: when `fit` was called, in seconds since 1970.
+        resumed_from: name of the checkpoint that the run continues from, if there is one.
         is_running: whether `fit`, `validate`, `test` or `predict` is under way.
         is_fitting: whether `fit` is under way.
         is_prepared: whether `prepare` is done.
@@ -158,6 +163,7 @@ class BaseTrainer(AbstractTrainer):
             "metrics": MetricLogger(),
             "progress": ProgressBar(),
             "checkpoint": CheckpointCallback(),
+            "timeline": Timeline(),
         }
         replaced = {name: config.callbacks.get(name, one) for name, one in defaults.items()}
         added = {name: one for name, one in config.callbacks.items() if name not in defaults}
@@ -171,7 +177,8 @@ class BaseTrainer(AbstractTrainer):
         for index, one in enumerate(self.world.loggers):
             self.loggers.setdefault(f"fabric_{index}", one)
         self.metrics = MetricPhases(self)
-        self.logged = LoggedValues()
+        self.logged, self.measured = LoggedValues(), MeasuredValues()
+        self.began, self.resumed_from = 0.0, cast("str | None", None)
         self.is_running = self.is_fitting = self.is_resumed = False
         self.is_interrupted_between_batches = False
         self.is_brought_back = self.is_closed = False
@@ -295,6 +302,7 @@ class BaseTrainer(AbstractTrainer):
             with all_preserved():
                 bring_back(self, run_on_ranks(self, "fit"))
             return
+        self.began = time.time()
         with running(self):
             self.stop_reason = None
             self.prepare()
@@ -515,6 +523,19 @@ class BaseTrainer(AbstractTrainer):
         for name, value in values.items():
             self.logged.add_reduced(name, value, reduce)
 
+    def log_measured(self, name: str, value: Value, *, reduce: Reduce = "mean") -> None:
+        """Log what a clock or a meter says: no two runs have the same, so no exact log has it.
+
+        It is in the next line of progress of ``timeline.jsonl``, and goes to the loggers, as the
+        mean (or what `reduce` says) of the seconds between two lines. Rank 0's own counts.
+
+        Args:
+            name: ``"memory/host_gib"``, for example.
+            value: a number, or a tensor with one element, which stays on the device until then.
+            reduce: how values of the same name become one.
+        """
+        self.measured.add(name, value, reduce)
+
     def stop(self, reason: str) -> None:
         """End the run after the step under way, or, on several ranks, after one they agree on.
 
@@ -575,6 +596,7 @@ class BaseTrainer(AbstractTrainer):
         self.prepare()
         loaded = self.checkpointer.load(path, self.components.template())
         self.load_state_dict(OwnState(loaded.state), strict)
+        self.resumed_from = loaded.path.name
 
     def batch_to_device(self, batch: Any) -> Any:
         """Move a batch of any loader; override it for what does not move by itself."""
