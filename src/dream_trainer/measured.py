@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dream_trainer.host_values import Value
 from dream_trainer.reductions import Reduce, ReducedValues, merged, parts_of
 
-#: Given the seconds of the interval, values by name; a name whose value is None is left out.
+#: Given the seconds of training in the interval, values by name; None is no value.
 Source = Callable[[float], Mapping[str, float | None]]
 
 
@@ -36,7 +36,7 @@ class MeasuredValues:
         """End the interval. A host synchronisation where tensors were added.
 
         Args:
-            seconds: its length.
+            seconds: of training in it, and of waiting for the loader.
         """
         values, self._values = self._values, ReducedValues()
         found = merged(parts_of([values]))

@@ -96,7 +96,7 @@ def test_a_run_tells_its_events_in_order_and_where_its_time_went(tmp_path: Path)
         "loader_wait": pytest.approx(1 / 3, abs=1e-6),
         "samples_per_second": pytest.approx(4 / 3, abs=1e-5),
     }
-    assert third["measured"] == {"loader_wait": 0}
+    assert third["measured"] == {}  # of a validation alone
     assert validation["took"] == 12
     assert checkpoint["name"] == "step-00000006"
     assert checkpoint["stall"] >= 0

@@ -6,7 +6,9 @@ from dream_trainer.callbacks.checkpoint import CheckpointCallback
 from dream_trainer.callbacks.ema import EMA
 from dream_trainer.callbacks.garbage_collection import GarbageCollection
 from dream_trainer.callbacks.histograms import Histograms
+from dream_trainer.callbacks.gradient_norms import GradNormMonitor
 from dream_trainer.callbacks.learning_rate import LearningRateMonitor
+from dream_trainer.callbacks.memory_monitor import MemoryMonitor
 from dream_trainer.callbacks.metric_logger import MetricLogger
 from dream_trainer.callbacks.prediction_writer import PredictionWriter
 from dream_trainer.callbacks.profiler import Profiler
@@ -14,6 +16,7 @@ from dream_trainer.callbacks.progress_bar import ProgressBar
 from dream_trainer.callbacks.step_times import StepTimes
 from dream_trainer.callbacks.swa import SWA
 from dream_trainer.callbacks.weight_averaging import WeightAveraging
+from dream_trainer.callbacks.throughput import Throughput
 from dream_trainer.callbacks.timeline import Timeline
 
 __all__ = [
@@ -25,12 +28,15 @@ __all__ = [
     "CheckpointCallback",
     "GarbageCollection",
     "Histograms",
+    "GradNormMonitor",
     "LearningRateMonitor",
+    "MemoryMonitor",
     "MetricLogger",
     "PredictionWriter",
     "Profiler",
     "ProgressBar",
     "StepTimes",
     "WeightAveraging",
+    "Throughput",
     "Timeline",
 ]

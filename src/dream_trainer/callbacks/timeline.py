@@ -45,7 +45,7 @@ class Timeline(Callback):
         self._clock, self._stopwatch = clock, stopwatch
         self._file: TimelineFile | None = None
         self._place: CountingPlace | None = None
-        self._last_time = self._last_loader = 0.0
+        self._last_time = self._last_train = self._last_loader = 0.0
         self._num_batches = self._num_samples = self._last_samples = 0
         self._savers: list[CheckpointCallback] = []
         self._begun: list[BegunSave | None] = []
@@ -56,7 +56,7 @@ class Timeline(Callback):
         if not trainer.world.is_global_zero:
             return
         self._num_batches = self._num_samples = self._last_samples = 0
-        self._end, self._last_loader = None, 0.0
+        self._end, self._last_train, self._last_loader = None, 0.0, 0.0
         all_callbacks = [trainer.callbacks[name] for name in trainer.callbacks]
         self._savers = [one for one in all_callbacks if isinstance(one, CheckpointCallback)]
         self._begun = [one.begun for one in self._savers]
@@ -133,15 +133,16 @@ class Timeline(Callback):
 
     def _progress(self, trainer: BaseTrainer) -> None:
         assert self._place is not None
-        now, seconds = self._stopwatch(), self._place.seconds
-        passed, waited = now - self._last_time, seconds["loader"] - self._last_loader
+        seconds = self._place.seconds
+        waited = seconds["loader"] - self._last_loader
+        training = waited + seconds["train"] - self._last_train
         num_samples = self._num_samples - self._last_samples
-        self._last_time, self._last_loader = now, seconds["loader"]
-        self._last_samples = self._num_samples
-        measured = trainer.measured.take(passed)
-        own = {"loader_wait": waited / passed} if passed > 0 else {}
-        if passed > 0 and num_samples:
-            own["samples_per_second"] = num_samples / passed
+        self._last_time, self._last_samples = self._stopwatch(), self._num_samples
+        self._last_train, self._last_loader = seconds["train"], seconds["loader"]
+        measured = trainer.measured.take(training)
+        own = {"loader_wait": waited / training} if training > 0 else {}
+        if training > 0 and num_samples:
+            own["samples_per_second"] = num_samples / training
         self._write(
             trainer,
             "progress",
