@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from dream_trainer.callbacks.callback import Callback
 from dream_trainer.callbacks.row_log import RowLog
 from dream_trainer.errors import NonFiniteError
-from dream_trainer.loggers import purge_after
+from dream_trainer.loggers import log_hyperparameters, log_outcome, purge_after
 from dream_trainer.metrics import Observations
 from dream_trainer.progress import reaches_multiple
 from dream_trainer.reductions import ReducedValues
@@ -42,6 +42,8 @@ class MetricLogger(Callback):
         self._last_validation_step = self._last_train_epoch = -1
         self._last_step = 0
         self._batches: dict[int, int] = {}
+        self._has_outcome = False
+        self._hyperparameters: dict[str, Any] = {}
 
     def pre_fit(self, trainer: BaseTrainer) -> None:
         """Open the logs and cut what a killed run wrote after its last checkpoint."""
@@ -53,6 +55,11 @@ class MetricLogger(Callback):
         )
         for logger in trainer.loggers.values() if writes and goes_on else ():
             purge_after(logger, trainer.global_step)
+        self._has_outcome, self._hyperparameters = False, {}
+        if trainer.loggers and trainer.world.is_global_zero:
+            self._hyperparameters = trainer.hyperparameters()
+            for logger in trainer.loggers.values():
+                log_hyperparameters(logger, self._hyperparameters)
 
     def collect(self, trainer: BaseTrainer) -> None:
         """Write all rows of what is finished, for a checkpoint that is taken now. Collective.
@@ -97,13 +104,19 @@ class MetricLogger(Callback):
     def post_fit(self, trainer: BaseTrainer) -> None:
         """Write the last rows; nothing else does in a run that ends inside an epoch unsaved."""
         self.flush(trainer)
+        self._has_outcome = bool(trainer.progress.local_batches and trainer.validation_results)
 
     def close(self, trainer: BaseTrainer) -> None:
-        """Close the log.
+        """Close the log; tell the loggers what came of the run.
 
         Raises:
             OSError: rows are left that cannot be written.
         """
+        if self._has_outcome and self._hyperparameters:
+            outcome = _outcome(trainer)  # the last checkpoint is there by now
+            for logger in trainer.loggers.values():
+                log_outcome(logger, self._hyperparameters, outcome, trainer.global_step)
+        self._has_outcome = False
         self._rows.close()
 
     def flush(self, trainer: BaseTrainer) -> None:
@@ -174,6 +187,17 @@ def _raise_nonfinite(
         "rate, set gradient_clip_val, set detect_anomaly=True to find the operation, or leave out "
         'such steps with on_nonfinite="skip".'
     )
+
+
+def _outcome(trainer: BaseTrainer) -> dict[str, float]:
+    """The last results, and the best monitored value: apart from the curves of these names."""
+    outcome = {f"final/{name}": value for name, value in trainer.validation_results.items()}
+    parameters = trainer.checkpoint_parameters
+    if parameters.monitor is not None and trainer.writes_run_directory:
+        best = trainer.checkpointer.store.best(parameters.mode, parameters.monitor)
+        if best is not None and (value := best.manifest.monitored_value) is not None:
+            outcome[f"best/{parameters.monitor}"] = value
+    return outcome
 
 
 def _exact(results: Mapping[str, float]) -> Observations:

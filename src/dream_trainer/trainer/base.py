@@ -27,6 +27,8 @@ from dream_trainer.callbacks import (
     Timeline,
 )
 from dream_trainer.configs import CheckpointParameters, Link, TrainingParameters
+from dream_trainer.configs.differing import flattened
+from dream_trainer.configs.yaml_text import load_yaml
 from dream_trainer.coordination import Interruption, Place, RankWatch, StopAgreement
 from dream_trainer.data import ResumableLoader
 from dream_trainer.errors import ConfigError
@@ -603,6 +605,13 @@ class BaseTrainer(AbstractTrainer):
         return self.world.to_device(batch)
 
     # ------------------------------------------------------------------ what callbacks read
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """What loggers are given of the configuration: plain data by dotted name.
+
+        It is what ``config.yaml`` has. Override it for more, or for less.
+        """
+        return flattened(load_yaml(self.describe_config(self.config)))
 
     @property
     def has_validation_hooks(self) -> bool:
