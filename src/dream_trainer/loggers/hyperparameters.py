@@ -19,7 +19,7 @@ def log_hyperparameters(logger: Any, parameters: Mapping[str, Any]) -> None:
     if method is None:
         return
     # TensorBoard shows the metrics of the first call alone, and there are none yet.
-    options = {"metrics": {}} if "metrics" in _arguments(method) else {}
+    options: dict[str, Any] = {"metrics": {}} if "metrics" in _arguments(method) else {}
     _told(logger, lambda: method(dict(parameters), **options))
 
 
@@ -45,7 +45,7 @@ def log_outcome(
         options = {"step": step} if "step" in arguments else {}
         _told(logger, lambda: method(dict(parameters), metrics=dict(outcome), **options))
         return
-    summary = getattr(getattr(logger, "experiment", None), "summary", None)
+    summary: Any = getattr(getattr(logger, "experiment", None), "summary", None)
     if hasattr(summary, "update"):
         _told(logger, lambda: summary.update(dict(outcome)))
 
@@ -60,6 +60,8 @@ def _arguments(method: Any) -> Mapping[str, Any]:
 def _told(logger: Any, call: Callable[[], object]) -> None:
     try:
         call()
+    except NotImplementedError:
+        return  # Fabric's CSVLogger has the method, and no place for them
     except Exception as error:  # noqa: BLE001 - of any library; the run is worth more
         name = type(logger).__name__
         text = f"{name} did not take the hyperparameters: {type(error).__name__}: {error}"
