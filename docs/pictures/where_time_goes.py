@@ -45,16 +45,21 @@ def main(folder: Path) -> None:
     began = lines[0]["time"]
     progress = [line for line in lines if line["event"] == "progress"]
     times = [line["time"] - began for line in progress]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     seconds = [[line["seconds"][kind] for kind in KINDS] for line in progress]
     spent = [
         [after - before for after, before in zip(one, last, strict=True)]
         for one, last in zip(seconds, [[0.0] * len(KINDS), *seconds], strict=False)
     ]
-    shares = [[100 * one[kind] / sum(one) for one in spent] for kind in range(len(KINDS))]
-    left.stackplot(times, shares, labels=KINDS, alpha=0.85)
+    starts = [0.0, *times[:-1]]
+    widths = [end - start for start, end in zip(starts, times, strict=True)]
+    below = [0.0] * len(spent)
+    for number, kind in enumerate(KINDS):
+        shares = [100 * one[number] / sum(one) for one in spent]
+        left.bar(starts, shares, widths, below, align="edge", label=kind)
+        below = [low + share for low, share in zip(below, shares, strict=True)]
     left.set(xlabel="seconds since the start", title="share of each interval (%)", ylim=(0, 100))
-    left.legend(loc="lower left")
+    left.legend(loc="lower left", fontsize="small")
     known = [
         (line["time"] - began, line["measured"]["tokens_per_second"])
         for line in progress

@@ -130,6 +130,7 @@ class CheckpointCallback(Callback):
 
     def _save_now(self, trainer: BaseTrainer) -> None:
         """Return once this place is saved."""
+        trainer.place.enter("save")
         # Awaited: a failure that only some ranks know of yet would let only those save again.
         is_committed = trainer.checkpointer.report(wait=True) and self._is_saved
         if not is_committed or self._saved_at != self._place(trainer):

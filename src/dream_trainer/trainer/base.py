@@ -321,6 +321,7 @@ class BaseTrainer(AbstractTrainer):
             if not self.streams.take_up() and not self.progress.num_batches:
                 seed_rank(self)
             self.loop.run()
+            self.place.enter("end")
             self.callbacks.post_fit(self)
             self.checkpointer.wait()
         self._say_end()
