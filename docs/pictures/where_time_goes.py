@@ -62,8 +62,8 @@ def main(folder: Path) -> None:
     left.legend(loc="lower left", fontsize="small")
     known = [
         (line["time"] - began, line["measured"]["tokens_per_second"])
-        for line in progress
-        if "tokens_per_second" in line["measured"]
+        for line, one in zip(progress, spent, strict=True)
+        if "tokens_per_second" in line["measured"] and one[0] > 1
     ]
     right.plot(*zip(*known, strict=True), marker=".", label="tokens_per_second")
     for kind, style in (("validation", ":"), ("checkpoint", "--")):
@@ -71,7 +71,8 @@ def main(folder: Path) -> None:
             where = line["time"] - began
             label = kind if number == 0 else None
             right.axvline(where, color="gray", linestyle=style, linewidth=0.8, label=label)
-    right.set(xlabel="seconds since the start", title="tokens per second", ylim=(0, None))
-    right.legend(loc="lower right")
+    highest = max(rate for _, rate in known)
+    right.set(xlabel="seconds since the start", title="tokens per second", ylim=(0, 1.5 * highest))
+    right.legend(loc="upper left", fontsize="small")
     figure.savefig(folder / "where_time_goes.png", dpi=110)
     plt.close(figure)
