@@ -17,9 +17,12 @@ from dream_trainer import (
     SWA,
     Callback,
     GarbageCollection,
+    GradNormMonitor,
     Histograms,
+    MemoryMonitor,
     Profiler,
     StepTimes,
+    Throughput,
     verify_resume,
 )
 
@@ -49,7 +52,6 @@ class WithBoard(TinyTrainer):
     def __init__(self, config: Any, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
         self.loggers["board"] = Board()
-from dream_trainer import GradNormMonitor, MemoryMonitor, Throughput, verify_resume
 
 
 class Reducing(TinyTrainer):

@@ -5,8 +5,8 @@ from dream_trainer.callbacks.callback_list import CallbackList
 from dream_trainer.callbacks.checkpoint import CheckpointCallback
 from dream_trainer.callbacks.ema import EMA
 from dream_trainer.callbacks.garbage_collection import GarbageCollection
-from dream_trainer.callbacks.histograms import Histograms
 from dream_trainer.callbacks.gradient_norms import GradNormMonitor
+from dream_trainer.callbacks.histograms import Histograms
 from dream_trainer.callbacks.learning_rate import LearningRateMonitor
 from dream_trainer.callbacks.memory_monitor import MemoryMonitor
 from dream_trainer.callbacks.metric_logger import MetricLogger
@@ -27,8 +27,8 @@ __all__ = [
     "CallbackList",
     "CheckpointCallback",
     "GarbageCollection",
-    "Histograms",
     "GradNormMonitor",
+    "Histograms",
     "LearningRateMonitor",
     "MemoryMonitor",
     "MetricLogger",
