@@ -24,9 +24,9 @@ if TYPE_CHECKING:
         Profiler,
         ProgressBar,
         StepTimes,
-        WeightAveraging,
         Throughput,
         Timeline,
+        WeightAveraging,
     )
     from dream_trainer.checkpointing import Checkpointer, export_checkpoint
     from dream_trainer.cli import Command, DreamCLI

@@ -15,9 +15,9 @@ from dream_trainer.callbacks.profiler import Profiler
 from dream_trainer.callbacks.progress_bar import ProgressBar
 from dream_trainer.callbacks.step_times import StepTimes
 from dream_trainer.callbacks.swa import SWA
-from dream_trainer.callbacks.weight_averaging import WeightAveraging
 from dream_trainer.callbacks.throughput import Throughput
 from dream_trainer.callbacks.timeline import Timeline
+from dream_trainer.callbacks.weight_averaging import WeightAveraging
 
 __all__ = [
     "EMA",
@@ -36,7 +36,7 @@ __all__ = [
     "Profiler",
     "ProgressBar",
     "StepTimes",
-    "WeightAveraging",
     "Throughput",
     "Timeline",
+    "WeightAveraging",
 ]
