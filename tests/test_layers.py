@@ -33,8 +33,8 @@ LAYERS = (
     ("loggers", "checkpointing", "data", "coordination", "predictions"),
     ("world",),
     ("storage",),
-    ("configs", "progress", "accumulation", "metrics", "randomness"),
-    ("errors", "lazy_names"),
+    ("configs", "progress", "accumulation", "measured", "metrics", "randomness", "reductions"),
+    ("errors", "host_values", "lazy_names"),
 )
 TRAINERS = ("trainer.dream", "trainer.base")
 #: Doors: they only re-export what lies behind them.

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dream_trainer import metrics
-from dream_trainer.metrics import LoggedValues, merge_ranks, to_host, totals
+from dream_trainer.host_values import to_host
+from dream_trainer.metrics import LoggedValues, merge_ranks, totals
 
 
 def logged(result: object, num_samples: int | None = None) -> list[tuple[str, Any, Any]]:

@@ -111,6 +111,11 @@ class AccumulationWindow:
         self._num_backwards += 1
         return loss * weight, 1.0
 
+    @property
+    def weight(self) -> Weight | None:
+        """Sum over the window's batches of the weights given to their first backward."""
+        return self._weights[0] if self._weights else None
+
     def gradient_factor(self, device: torch.device) -> Tensor | float | None:
         """What a step multiplies its gradients by; None where they are right already.
 

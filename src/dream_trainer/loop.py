@@ -27,6 +27,7 @@ from dream_trainer.errors import ConfigError
 from dream_trainer.metrics import LoggedValues, merge_ranks, totals
 from dream_trainer.progress import reaches_multiple
 from dream_trainer.randomness import all_preserved, derive, seed_everything
+from dream_trainer.reductions import merged, parts_of
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
@@ -331,15 +332,18 @@ class FitLoop:
                 values.resolve()
                 if may_end:
                     self.check()
-            parts = trainer.world.gather_data_parallel(totals([values.take()])[0])
-            means, metrics = merge_ranks(parts), trainer.metrics.compute(phase)
-            if both := means.keys() & metrics.keys():
+            own = totals([values.take()])[0], parts_of([values.take_reduced()])[0]
+            parts = trainer.world.gather_data_parallel(own)
+            means, reduced = merge_ranks(p for p, _ in parts), merged(p for _, p in parts)
+            metrics = trainer.metrics.compute(phase)
+            if both := (means.keys() & (metrics.keys() | reduced)) | (reduced.keys() & metrics):
                 raise ConfigError(
-                    "configure_metrics",
-                    [f"{name} is both a metric and a value of a step" for name in sorted(both)],
-                    "Give the metric another name.",
+                    phase,
+                    [f"{name} comes from two places, or is reduced in two ways" for name in both],
+                    "A metric, a value that a step returns and one that is logged have names of "
+                    "their own.",
                 )
-            return means | metrics
+            return means | reduced | metrics
 
     def predict(self, loader: ResumableLoader, *, keep: bool = True) -> list[Any]:
         """What ``predict_step`` returns for each batch of this rank, in order.

@@ -1,17 +1,21 @@
-"""Means of logged values: kept on the device until they are wanted, then moved at once."""
+"""Logged values: kept on the device until they are wanted, then moved at once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Value = Tensor | float | int
+from dream_trainer.host_values import Value, moved, stacked
+from dream_trainer.reductions import ReducedValues
+
 #: Name, value and weight of each.
 Observations = list[tuple[str, Value, Value]]
 _NOTHING = (0.0, 0.0)
+#: In a state, beside the names of means.
+_REDUCED = "reduced values"
 
 
 class LoggedValues:
@@ -21,6 +25,8 @@ class LoggedValues:
         self._observations: Observations = []
         self._taken: Observations = []
         self._result: tuple[Any, int | None, str] | None = None
+        #: Sums, maxima and minima; None while nobody asks for one.
+        self.reduced: ReducedValues | None = None
 
     def add_result(self, result: Any, num_samples: int | None, prefix: str) -> None:
         """Add what a step returned. It is looked at when somebody asks for it, or in `resolve`.
@@ -52,22 +58,36 @@ class LoggedValues:
                 value = _kept(value)
             self._observations.append((prefix + name, value, weight))
 
-    def state_dict(self) -> dict[str, list[tuple[Value, Value]]]:
+    def add_reduced(self, name: str, value: Value, reduce: str) -> None:
+        """Add one observation to a sum, a maximum or a minimum."""
+        if reduce not in ("sum", "max", "min"):
+            raise ValueError(f'reduce={reduce!r} of {name!r} is not "mean", "sum", "max" or "min"')
+        if self.reduced is None:
+            self.reduced = ReducedValues()
+        self.reduced.add(name, value, 1.0, reduce)
+
+    def state_dict(self) -> dict[str, Any]:
         """Values and weights by name that were added and not taken. Differs by rank."""
         self.resolve()
-        state: dict[str, list[tuple[Value, Value]]] = {}
+        state: dict[str, Any] = {}
         for name, value, weight in self._observations:
             state.setdefault(name, []).append((value, weight))
+        if self.reduced is not None:
+            state[_REDUCED] = self.reduced.state_dict()
         return state
 
-    def load_state_dict(self, state_dict: Mapping[str, Iterable[tuple[Value, Value]]]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
-        self._result = None
+        self._result = self.reduced = None
         self._observations = [
             (name, value, weight)
             for name, entries in state_dict.items()
+            if name != _REDUCED
             for value, weight in entries
         ]
+        if _REDUCED in state_dict:
+            self.reduced = ReducedValues()
+            self.reduced.load_state_dict(state_dict[_REDUCED])
 
     def take(self) -> Observations:
         """Hand over what was added, and start anew."""
@@ -84,9 +104,14 @@ class LoggedValues:
         self.resolve()
         return self._observations or self._taken
 
+    def take_reduced(self) -> ReducedValues | None:
+        """Hand over the sums, maxima and minima, and start anew."""
+        taken, self.reduced = self.reduced, None
+        return taken
+
     def drop(self) -> None:
         """Forget what was added."""
-        self._result = None
+        self._result = self.reduced = None
         if self._observations:
             self._observations = []
 
@@ -121,15 +146,15 @@ def totals(rows: Iterable[Observations]) -> list[dict[str, tuple[float, float]]]
     rows = list(rows)
     if (simple := _totals_of_numbers(rows)) is not None:
         return simple
-    moved = iter(
-        _moved([n for row in rows for entry in row for n in entry if isinstance(n, Tensor)])
+    brought = iter(
+        moved([n for row in rows for entry in row for n in entry if isinstance(n, Tensor)])
     )
     found = []
     for row in rows:
         sums: dict[str, tuple[float, float]] = {}
         for name, value, weight in row:
-            value = next(moved) if isinstance(value, Tensor) else value
-            weight = next(moved) if isinstance(weight, Tensor) else weight
+            value = next(brought) if isinstance(value, Tensor) else value
+            weight = next(brought) if isinstance(weight, Tensor) else weight
             # What weighs nothing may be NaN, and 0 x NaN is NaN.
             one = (value * weight, weight) if weight else _NOTHING
             if name in sums:
@@ -171,13 +196,6 @@ def _kept(value: Tensor) -> Value:
     return value.detach() if is_fresh else value.detach().clone()
 
 
-def to_host(values: Iterable[Value]) -> list[float]:
-    """Numbers, and tensors of one element, as floats; in one transfer. A host synchronisation."""
-    values = list(values)
-    moved = iter(_moved([value for value in values if isinstance(value, Tensor)]))
-    return [next(moved) if isinstance(value, Tensor) else float(value) for value in values]
-
-
 class ArrivingValues:
     """Means of observations that are on their way to the host, while nobody waits for them.
 
@@ -194,7 +212,7 @@ class ArrivingValues:
         self._copied: torch.cuda.Event | None = None
         tensors = [n for entry in observations for n in entry if isinstance(n, Tensor)]
         if tensors:
-            packed = _stacked(tensors)
+            packed = stacked(tensors)
             if packed.is_cuda:
                 self._numbers = packed.to("cpu", non_blocking=True)
                 self._copied = torch.cuda.current_stream(packed.device).record_event()
@@ -225,23 +243,6 @@ class ArrivingValues:
 def _is_read_at_once(value: Tensor) -> bool:
     """On the CPU there is nothing to wait for, and a tensor that is kept costs more."""
     return value.is_cpu and type(value) is Tensor
-
-
-def _moved(tensors: Sequence[Tensor]) -> list[float]:
-    if not tensors:
-        return []
-    moved: list[float] = _stacked(tensors).tolist()
-    return moved
-
-
-def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors of one element as one of float64, on their device."""
-    # A user's own value, or one from a checkpoint, may be on the CPU beside an accelerator's.
-    device = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
-    dtype = tensors[0].dtype
-    if any(t.dtype != dtype or t.device != device for t in tensors):
-        tensors = [tensor.double().to(device) for tensor in tensors]
-    return torch.stack([t.reshape(()) if t.ndim else t for t in tensors]).double()
 
 
 def merge_ranks(parts: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, float]:

@@ -298,7 +298,7 @@ def ours_bare(scenario: Scenario, batches: Iterable[Batch]) -> None:
     ours(
         scenario,
         batches,
-        callbacks=dict.fromkeys(("lr", "metrics", "progress", "checkpoint")),
+        callbacks=dict.fromkeys(("lr", "metrics", "progress", "checkpoint", "timeline")),
         checkpoint_parameters=CheckpointParameters(enable=False),
     )
 

@@ -263,11 +263,14 @@ def test_weights_and_biases_logs_offline(tmp_path: Path, monkeypatch: pytest.Mon
     for kind in ("gradients", "parameters"):
         assert summary[f"{kind}/net.0.weight"]["_type"] == "histogram"
         assert sum(summary[f"{kind}/net.0.weight"]["values"]) == 24
+    summary, config = dict(logger.experiment.summary), dict(logger.experiment.config)
     wandb.finish()
     wandb.teardown()
     log = (trainer.run_directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, log) if "train/loss" in row]
     assert summary["train/loss"] == rows[-1]["train/loss"]
+    assert summary["final/val/loss"] == trainer.validation_results["val/loss"]
+    assert config["training_parameters.n_epochs"] == 2
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
 
 
@@ -278,13 +281,20 @@ def test_mlflow_logs_into_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     uri = f"file:{tmp_path / 'mlruns'}"
     logger = MLFlowLogger(experiment_name="tiny", tracking_uri=uri)
-    trainer = tiny(tmp_path, loggers={"mlflow": logger})
+    trainer = tiny(tmp_path, loggers={"mlflow": logger}, project="p" * 251)
     trainer.fit()
     history = mlflow.MlflowClient(uri).get_metric_history(logger.run_id, "train/loss")
     log = (trainer.run_directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     exact = [row["train/loss"] for row in map(json.loads, log) if "train/loss" in row]
     assert [metric.value for metric in sorted(history, key=lambda m: m.step)] == exact
-    assert mlflow.MlflowClient(uri).get_run(logger.run_id).info.status == "FINISHED"
+    run = mlflow.MlflowClient(uri).get_run(logger.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["training_parameters.n_epochs"] == "2"
+    assert run.data.params["project"] == "p" * 250  # a limit of MLflow's
+    # A restart may have another configuration, which MLflow refuses: a run is worth more.
+    again = MLFlowLogger(experiment_name="tiny", tracking_uri=uri, run_id=logger.run_id)
+    with pytest.warns(RuntimeWarning, match="MLFlowLogger did not take the hyperparameters"):
+        tiny(tmp_path, loggers={"mlflow": again}, project="p" * 251, n_epochs=3).fit()
 
 
 # ---------------------------------------------------------------------- a search

@@ -17,11 +17,14 @@ from dream_trainer import (
     SWA,
     Callback,
     GarbageCollection,
+    GradNormMonitor,
     Histograms,
+    MemoryMonitor,
     Profiler,
     ProgressBar,
     RunSummary,
     StepTimes,
+    Throughput,
     verify_resume,
 )
 
@@ -51,6 +54,17 @@ class WithBoard(TinyTrainer):
     def __init__(self, config: Any, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
         self.loggers["board"] = Board()
+
+
+class Reducing(TinyTrainer):
+    """Logs a sum, a maximum, a minimum and a weighted mean, in steps and in validations."""
+
+    def compute_loss(self, batch: Any, batch_idx: int) -> Any:
+        phase, x = "train" if self.net.training else "val", batch["x"]
+        for reduce in ("sum", "max", "min"):
+            self.log(f"{phase}/{reduce}", x.sum(), reduce=reduce)
+        self.log(f"{phase}/weighted", x.mean(), weight=len(x))
+        return super().compute_loss(batch, batch_idx)
 
 
 class LooksAtBest(Callback):
@@ -118,6 +132,18 @@ FEATURES: dict[str, Callable[[], tuple[type[TinyTrainer], dict[str, Any]]]] = {
     "averages: EMA": averages_exponentially,
     "averages: SWA": averages_late_weights,
     "display": says_all_that_it_can,
+    "log: reductions, gradient norms, throughput, memory": lambda: (
+        Reducing,
+        {
+            "gradient_accumulation_steps": 2,
+            "track_grad_norm": True,
+            "callbacks": {
+                "norms": GradNormMonitor(every_n_steps=2),
+                "rate": Throughput(peak_flops=1e9),
+                "memory": MemoryMonitor(),
+            },
+        },
+    ),
     "on_nonfinite": skips_every_third_step,
     "garbage collection": lambda: (TinyTrainer, with_callback(GarbageCollection(every_n_steps=2))),
     "histograms": lambda: (WithBoard, with_callback(Histograms(2, parameters=True))),

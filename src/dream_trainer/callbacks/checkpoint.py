@@ -26,6 +26,15 @@ class _Place(NamedTuple):
     stop_reason: str | None
 
 
+class BegunSave(NamedTuple):
+    """A save that was begun."""
+
+    name: str
+    """Of the checkpoint's directory."""
+    stall: float
+    """Seconds for which the training waited."""
+
+
 class CheckpointCallback(Callback):
     """Saves every n steps, epochs or minutes, and at the end of the run.
 
@@ -34,10 +43,14 @@ class CheckpointCallback(Callback):
 
     Args:
         clock: seconds from any start; rank 0's decides for all.
+
+    Attributes:
+        begun: the last save, on its way to the disk or there.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self.begun: BegunSave | None = None
         self._last_time = 0.0
         self._saved_at: _Place | None = None  # of the last attempt
         self._is_saved = False
@@ -117,6 +130,7 @@ class CheckpointCallback(Callback):
 
     def _save_now(self, trainer: BaseTrainer) -> None:
         """Return once this place is saved."""
+        trainer.place.enter("save")
         # Awaited: a failure that only some ranks know of yet would let only those save again.
         is_committed = trainer.checkpointer.report(wait=True) and self._is_saved
         if not is_committed or self._saved_at != self._place(trainer):
@@ -129,7 +143,7 @@ class CheckpointCallback(Callback):
         monitor, value = trainer.checkpoint_parameters.monitor, None
         if monitor is not None and trainer.progress.last_validation_step == trainer.global_step:
             value = trainer.validation_results.get(monitor)
-        trainer.checkpointer.save(
+        path = trainer.checkpointer.save(
             trainer.checked_state_dict(),
             step=trainer.global_step,
             epoch=trainer.current_epoch,
@@ -137,6 +151,7 @@ class CheckpointCallback(Callback):
             optimizers=trainer.components.optimizers.values(),
         )
         self._is_saved = True
+        self.begun = BegunSave(path.name, self._clock() - self._last_time)
 
     def _place(self, trainer: BaseTrainer) -> _Place:
         progress = trainer.progress

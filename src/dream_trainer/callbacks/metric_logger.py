@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from dream_trainer.callbacks.callback import Callback
 from dream_trainer.callbacks.row_log import RowLog
 from dream_trainer.errors import NonFiniteError
-from dream_trainer.loggers import purge_after
+from dream_trainer.loggers import log_hyperparameters, log_outcome, purge_after
 from dream_trainer.metrics import Observations
 from dream_trainer.progress import reaches_multiple
+from dream_trainer.reductions import ReducedValues
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
@@ -45,6 +46,8 @@ class MetricLogger(Callback):
         self._last_validation_step = self._last_train_epoch = -1
         self._last_step = 0
         self._batches: dict[int, int] = {}
+        self._has_outcome = False
+        self._hyperparameters: dict[str, Any] = {}
 
     def pre_fit(self, trainer: BaseTrainer) -> None:
         """Open the logs and cut what a killed run wrote after its last checkpoint."""
@@ -56,6 +59,11 @@ class MetricLogger(Callback):
         )
         for logger in trainer.loggers.values() if writes and goes_on else ():
             purge_after(logger, trainer.global_step)
+        self._has_outcome, self._hyperparameters = False, {}
+        if trainer.loggers and trainer.world.is_global_zero:
+            self._hyperparameters = trainer.hyperparameters()
+            for logger in trainer.loggers.values():
+                log_hyperparameters(logger, self._hyperparameters)
 
     def collect(self, trainer: BaseTrainer) -> None:
         """Write all rows of what is finished, for a checkpoint that is taken now. Collective.
@@ -93,19 +101,26 @@ class MetricLogger(Callback):
 
     def on_boundary(self, trainer: BaseTrainer) -> None:
         """Write what was logged after the step, in the hooks of a validation or an epoch."""
-        if values := trainer.logged.take():
-            self._add_row(trainer, values)
+        values = trainer.logged.take()
+        if values or trainer.logged.reduced is not None:
+            self._add_row(trainer, values, trainer.logged.take_reduced())
 
     def post_fit(self, trainer: BaseTrainer) -> None:
         """Write the last rows; nothing else does in a run that ends inside an epoch unsaved."""
         self.flush(trainer)
+        self._has_outcome = bool(trainer.progress.local_batches and trainer.validation_results)
 
     def close(self, trainer: BaseTrainer) -> None:
-        """Close the log.
+        """Close the log; tell the loggers what came of the run.
 
         Raises:
             OSError: rows are left that cannot be written.
         """
+        if self._has_outcome and self._hyperparameters:
+            outcome = _outcome(trainer)  # the last checkpoint is there by now
+            for logger in trainer.loggers.values():
+                log_outcome(logger, self._hyperparameters, outcome, trainer.global_step)
+        self._has_outcome = False
         self._rows.close()
 
     def flush(self, trainer: BaseTrainer) -> None:
@@ -146,10 +161,12 @@ class MetricLogger(Callback):
 
     def _take_step(self, trainer: BaseTrainer) -> None:
         values, step = trainer.logged.take(), trainer.progress.num_steps
+        reduced = trainer.logged.take_reduced()
         before, self._last_step = self._last_step, step
-        if values and reaches_multiple(step, self.every_n_steps, after=before):
+        is_row = values or reduced is not None or trainer.world.size > 1
+        if is_row and reaches_multiple(step, self.every_n_steps, after=before):
             self._batches[step] = trainer.progress.num_batches_in_epoch - 1
-            self._add_row(trainer, values)
+            self._add_row(trainer, values, reduced)
 
     def _take_train_epoch(self, trainer: BaseTrainer) -> None:
         progress = trainer.progress
@@ -165,9 +182,11 @@ class MetricLogger(Callback):
             self._last_validation_step = step
             self._add_row(trainer, _exact(trainer.validation_results))
 
-    def _add_row(self, trainer: BaseTrainer, values: Observations) -> None:
+    def _add_row(
+        self, trainer: BaseTrainer, values: Observations, reduced: ReducedValues | None = None
+    ) -> None:
         progress = trainer.progress
-        self._rows.add(progress.num_steps, progress.epoch, values)
+        self._rows.add(progress.num_steps, progress.epoch, values, reduced)
 
 
 def _raise_nonfinite(
@@ -181,6 +200,17 @@ def _raise_nonfinite(
         "rate, set gradient_clip_val, set detect_anomaly=True to find the operation, or leave out "
         'such steps with on_nonfinite="skip".'
     )
+
+
+def _outcome(trainer: BaseTrainer) -> dict[str, float]:
+    """The last results, and the best monitored value: apart from the curves of these names."""
+    outcome = {f"final/{name}": value for name, value in trainer.validation_results.items()}
+    parameters = trainer.checkpoint_parameters
+    if parameters.monitor is not None and trainer.writes_run_directory:
+        best = trainer.checkpointer.store.best(parameters.mode, parameters.monitor)
+        if best is not None and (value := best.manifest.monitored_value) is not None:
+            outcome[f"best/{parameters.monitor}"] = value
+    return outcome
 
 
 def _exact(results: Mapping[str, float]) -> Observations:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from dream_trainer.metrics import Observations, means, merge_ranks, totals
+from dream_trainer.reductions import Parts, ReducedValues, merged, parts_of
 
 if TYPE_CHECKING:
     from dream_trainer.world import DreamWorld
@@ -27,33 +28,62 @@ class RankMeans:
     def __init__(self) -> None:
         self._names: tuple[str, ...] | None = None
 
-    def of(self, rows: Sequence[Observations], world: DreamWorld) -> list[dict[str, float]]:
-        """A mean by name for each row. A collective, and a host synchronisation.
+    def of(
+        self,
+        rows: Sequence[Observations],
+        world: DreamWorld,
+        reduced: Sequence[ReducedValues | None] | None = None,
+    ) -> list[dict[str, float]]:
+        """A value by name for each row. A collective, and a host synchronisation.
 
         Args:
             rows: as many on every rank.
             world: the ranks.
+            reduced: sums, maxima and minima of each row; None where this rank has none at all.
+
+        Raises:
+            ValueError: a name has a mean, and is reduced in another way, too.
         """
+        others: list[Parts] | None = None if reduced is None else parts_of(reduced)
         if world.dp_size == 1:
-            return means(rows)
+            found = means(rows)
+            return found if others is None else _joined(found, map(merged, zip(others)))
         mine = totals(rows)
-        if self._names is not None and (found := _means_of_numbers(mine, self._names, world)):
-            return found
-        parts = world.gather_data_parallel(mine)
-        kinds = {tuple(row) for part in parts for row in part}
+        if self._names is not None:
+            names = self._names if others is None else None
+            if numbers := _means_of_numbers(mine, names, len(self._names), world):
+                return numbers
+        parts = world.gather_data_parallel((mine, others))
+        kinds = {tuple(row) for part, _ in parts for row in part}
         if len(kinds) == 1:  # as everybody sees
             self._names = kinds.pop()
-        return [merge_ranks(of_ranks) for of_ranks in zip(*parts, strict=True)]
+        found = [merge_ranks(of_ranks) for of_ranks in zip(*(p for p, _ in parts), strict=True)]
+        known = [other for _, other in parts if other is not None]
+        return found if not known else _joined(found, map(merged, zip(*known, strict=True)))
+
+
+def _joined(
+    rows: list[dict[str, float]], others: Iterable[dict[str, float]]
+) -> list[dict[str, float]]:
+    found = []
+    for row, other in zip(rows, others, strict=True):
+        if both := row.keys() & other.keys():
+            raise ValueError(
+                f"{', '.join(sorted(both))}: logged as a mean, and as a sum, max or min, too; give "
+                "one another name"
+            )
+        found.append(row | other)
+    return found
 
 
 def _means_of_numbers(
-    rows: Sequence[_Totals], names: tuple[str, ...], world: DreamWorld
+    rows: Sequence[_Totals], names: tuple[str, ...] | None, num_names: int, world: DreamWorld
 ) -> list[dict[str, float]] | None:
-    """The means; None if the names of a rank are others."""
+    """The means; None if a rank has other names, or other values than means."""
     numbers = [1.0]
     for row in rows:
-        if tuple(row) != names:
-            numbers = [0.0] * (1 + 2 * len(rows) * len(names))
+        if names is None or tuple(row) != names:
+            numbers = [0.0] * (1 + 2 * len(rows) * num_names)
             break
         for pair in row.values():
             numbers += pair
@@ -61,7 +91,8 @@ def _means_of_numbers(
     parts = world.all_gather(packed)[:: world.tp_size].tolist()
     if not all(part[0] for part in parts):
         return None
-    sums = weights = [0.0] * (len(rows) * len(names))
+    assert names is not None
+    sums = weights = [0.0] * (len(rows) * num_names)
     for part in parts:  # what weighs nothing is 0
         sums = list(map(operator.add, sums, part[1::2]))
         weights = list(map(operator.add, weights, part[2::2]))

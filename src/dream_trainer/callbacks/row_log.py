@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dream_trainer.callbacks.rank_means import RankMeans
 from dream_trainer.loggers import JsonlLog, Logger
 from dream_trainer.metrics import Observations
+from dream_trainer.reductions import ReducedValues
 
 if TYPE_CHECKING:
     from dream_trainer.world import DreamWorld
@@ -26,6 +27,7 @@ class RowLog:
 
     def __init__(self) -> None:
         self._pending: list[tuple[int, int, Observations]] = []
+        self._others: dict[int, ReducedValues] = {}
         self._means = RankMeans()
         self._log: JsonlLog | None = None
         self._size = self._crc32 = 0
@@ -53,8 +55,12 @@ class RowLog:
         elif not self._log.resume(self._size, self._crc32):
             self._size = self._crc32 = 0
 
-    def add(self, step: int, epoch: int, values: Observations) -> None:
+    def add(
+        self, step: int, epoch: int, values: Observations, reduced: ReducedValues | None = None
+    ) -> None:
         """Add a row, on every rank; one that is empty on all of them is not written."""
+        if reduced is not None:
+            self._others[len(self._pending)] = reduced
         self._pending.append((step, epoch, values))
 
     def flush(self, world: DreamWorld, loggers: Iterable[Logger] = ()) -> list[dict[str, Any]]:
@@ -66,7 +72,9 @@ class RowLog:
         if not self._pending:
             return []
         pending, self._pending = self._pending, []
-        logged = self._means.of([row for _, _, row in pending], world)
+        reduced, self._others = self._others, {}
+        others = [reduced.get(index) for index in range(len(pending))] if reduced else None
+        logged = self._means.of([row for _, _, row in pending], world, others)
         rows: list[dict[str, Any]] = [
             {"step": step, "epoch": epoch, **row}
             for (step, epoch, _), row in zip(pending, logged, strict=True)
@@ -110,6 +118,7 @@ class RowLog:
         self._size, self._crc32 = state_dict["size"], state_dict["crc32"]
         self._unwritten = list(state_dict["unwritten"])
         self._pending.clear()
+        self._others.clear()
 
     def _write(self, log: JsonlLog, rows: list[dict[str, Any]], sync: bool = False) -> None:
         """Rows that a full disk has no place for are written with later ones."""

@@ -25,6 +25,7 @@ RUN_CALLBACKS = {
     "summary": "dream_trainer.callbacks.run_summary.RunSummary",
     "progress": "dream_trainer.callbacks.progress_bar.ProgressBar",
     "checkpoint": "dream_trainer.callbacks.checkpoint.CheckpointCallback",
+    "timeline": "dream_trainer.callbacks.timeline.Timeline",
 }
 #: Where subclasses are looked for, besides the trainer's module and the base class's own.
 _MORE_CLASSES = {

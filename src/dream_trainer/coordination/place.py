@@ -6,6 +6,7 @@ import mmap
 import os
 import struct
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +27,14 @@ PHASES = (
 )
 _TRAINING_STEP = PHASES.index("training_step")
 _NUMBERS = {phase: number for number, phase in enumerate(PHASES)}
+#: What their seconds are counted as.
+COUNTED = ("train", "loader", "validation", "save", "other")
+_STEP = ("training_step", "backward", "optimizer step")
+#: Changes inside a step, which cost no clock.
+_PARTS_OF_STEP = frozenset(_NUMBERS[phase] for phase in _STEP)
+_COUNTED_AS = [
+    "train" if phase in _STEP else phase if phase in COUNTED else "other" for phase in PHASES
+]
 _LAYOUT = struct.Struct("=qqqq")
 
 
@@ -34,6 +43,8 @@ class Place:
 
     Lies in memory until `share` moves it to a file that other processes of the machine map:
     what a killed process wrote there is still there.
+
+    It counts where time goes once `count_seconds` was called, and costs no clock before.
     """
 
     def __init__(self) -> None:
@@ -76,6 +87,17 @@ class Place:
 
         own.update(enter=enter, enter_step=enter_step)
 
+    def count_seconds(self, clock: Callable[[], float] = time.perf_counter) -> CountingPlace:
+        """Count where time goes, from now on; the same object, with its count at 0.
+
+        Costs three calls of the clock a step, a microsecond in all.
+        """
+        # Not a second object: the loop and others hold this one.
+        self.__class__ = CountingPlace
+        assert isinstance(self, CountingPlace)
+        self.begin(clock)
+        return self
+
     def share(self) -> Path:
         """Move to a file; `forget` it once all who want to see it have opened it.
 
@@ -106,6 +128,51 @@ class Place:
 
     def __str__(self) -> str:
         return describe(self._numbers.tobytes())
+
+
+class CountingPlace(Place):
+    """A place that counts seconds; see `Place.count_seconds`.
+
+    The clock is the host's: what runs on an accelerator counts where the host waits for it.
+    """
+
+    def begin(self, clock: Callable[[], float]) -> None:
+        """Count from 0."""
+        self._clock, self._since = clock, clock()
+        self._counted = dict.fromkeys(COUNTED, 0.0)
+
+    def enter(self, phase: str) -> None:
+        """Say what comes now, and count what came before it."""
+        number, numbers = _NUMBERS[phase], self._numbers
+        if number in _PARTS_OF_STEP:
+            numbers[0] = number
+            return
+        now = self._clock()
+        self._counted[_COUNTED_AS[numbers[0]]] += now - self._since
+        self._since, numbers[0] = now, number
+
+    def enter_step(self, step: int, epoch: int, batch: int) -> None:
+        """Say that a batch goes into ``training_step``, and count what came before it."""
+        now, numbers = self._clock(), self._numbers
+        self._counted[_COUNTED_AS[numbers[0]]] += now - self._since
+        self._since = now
+        numbers[0], numbers[1], numbers[2], numbers[3] = _TRAINING_STEP, step, epoch, batch
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By what is in `COUNTED`, with what is under way."""
+        found = dict(self._counted)
+        found[_COUNTED_AS[self._numbers[0]]] += self._clock() - self._since
+        return found
+
+    @property
+    def seconds_here(self) -> float:
+        """Since what is under way began."""
+        return self._clock() - self._since
+
+    def stop_counting(self) -> None:
+        """Be a place that costs no clock again."""
+        self.__class__ = Place  # type: ignore[assignment]
 
 
 class SharedPlace:

@@ -28,8 +28,9 @@ from dream_trainer.data import ResumableLoader
 from dream_trainer.dropin.objects import NamedObjects
 from dream_trainer.dropin.reading import Reading, reading_of
 from dream_trainer.errors import CheckpointError, ConfigError, StateError
+from dream_trainer.host_values import Value
 from dream_trainer.loggers import purge_after
-from dream_trainer.metrics import LoggedValues, Value
+from dream_trainer.metrics import LoggedValues
 from dream_trainer.progress import place_in_words
 from dream_trainer.randomness import rng_state, set_rng_state
 from dream_trainer.storage.run_lock import RunLock

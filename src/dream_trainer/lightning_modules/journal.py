@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dream_trainer.lightning_modules.epoch_values import EpochValues, reduction
-from dream_trainer.metrics import to_host
+from dream_trainer.host_values import to_host
+from dream_trainer.reductions import ReducedValues, reduction
 from dream_trainer.trainer.metric_phases import MetricPhases
 from dream_trainer.trainer.metric_states import is_metric, merged_over_ranks
 
@@ -43,7 +43,7 @@ class Journal:
         self.phase, self.is_in_step = "train", False
         self.batch: Any = None
         self.latest: dict[str, Any] = {}
-        self._values: dict[str, EpochValues] = {}
+        self._values: dict[str, ReducedValues] = {}
         # By phase and name: to be computed at its end, and to be reset before its next beginning.
         self._metrics: dict[str, dict[str, Any]] = {}
         self._seen: dict[str, dict[str, Any]] = {}
@@ -127,7 +127,7 @@ class Journal:
                 self._run.logged.add({_in_row(name): number})
         else:
             weight = batch_size if batch_size is not None else size_of_batch(self.batch) or 1
-            values = self._values.setdefault(self.phase, EpochValues())
+            values = self._values.setdefault(self.phase, ReducedValues())
             values.add(name, _number(name, value), float(weight), reduce)
 
     def _note(self, name: str, value: Any) -> None:
@@ -151,7 +151,7 @@ class Journal:
     def results(self, phase: str) -> dict[str, float]:
         """Over all ranks, of what was logged in a phase. A collective."""
         gather = self._run.world.gather_data_parallel
-        found = self._values.get(phase, EpochValues()).results(gather)
+        found = self._values.get(phase, ReducedValues()).results(gather)
         found |= self._computed(self._metrics.get(phase, {}))
         if phase != "sanity":
             for name, value in found.items():
@@ -197,7 +197,7 @@ class Journal:
             return {name: paths[id(metric)] for name, metric in metrics.items()}
 
         return {
-            "values": self._values.get("train", EpochValues()).state_dict(),
+            "values": self._values.get("train", ReducedValues()).state_dict(),
             "metrics": placed(self._metrics.get("train", {})),
             "seen": {phase: placed(metrics) for phase, metrics in self._seen.items()},
             "latest": self.numbers(),
@@ -206,7 +206,7 @@ class Journal:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
         part = self._run.module.get_submodule
-        self._values["train"] = EpochValues()
+        self._values["train"] = ReducedValues()
         self._values["train"].load_state_dict(state["values"])
         self._metrics["train"] = {name: part(path) for name, path in state["metrics"].items()}
         self._seen = {

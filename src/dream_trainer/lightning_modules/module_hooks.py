@@ -28,14 +28,9 @@ class ModuleHooks(Callback):
         self._is_plateau_due = self._is_epoch_stepped = False
 
     def pre_fit(self, trainer: Any) -> None:
-        """``on_fit_start``, ``on_train_start``; the loggers get the hyperparameters."""
-        run = self._run
-        if trainer.world.is_global_zero and (hparams := run.hyper_parameters_to_log()):
-            for logger in trainer.loggers.values():
-                if hasattr(logger, "log_hyperparams"):
-                    logger.log_hyperparams(hparams)
-        run.call("on_fit_start")
-        run.call("on_train_start")
+        """``on_fit_start``, ``on_train_start``."""
+        self._run.call("on_fit_start")
+        self._run.call("on_train_start")
 
     def pre_train_epoch(self, trainer: Any) -> None:
         """``on_train_epoch_start``."""

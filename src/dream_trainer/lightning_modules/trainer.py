@@ -362,9 +362,9 @@ class LightningModuleTrainer(BaseTrainer):
         """What ``save_hyperparameters`` keeps of the module, as far as it is plain data."""
         return plain_values(getattr(self.module, "hparams", None) or {})
 
-    def hyper_parameters_to_log(self) -> dict[str, Any]:
-        """Those of the data module and of the module, unless they say ``logger=False``."""
-        found: dict[str, Any] = {}
+    def hyperparameters(self) -> dict[str, Any]:
+        """Also those of the data module and of the module, unless they say ``logger=False``."""
+        found = super().hyperparameters()
         for one in (self.datamodule, self.module):
             if getattr(one, "_log_hyperparams", False):
                 found |= dict(getattr(one, "hparams_initial", None) or {})

@@ -1,7 +1,16 @@
 """Where metrics go: the exact JSONL log, and any logger with Lightning's methods."""
 
+from dream_trainer.loggers.hyperparameters import log_hyperparameters, log_outcome
 from dream_trainer.loggers.jsonl import JsonlLog
 from dream_trainer.loggers.protocol import Logger
 from dream_trainer.loggers.tensorboard import purge_after
+from dream_trainer.loggers.timeline import TimelineFile
 
-__all__ = ["JsonlLog", "Logger", "purge_after"]
+__all__ = [
+    "JsonlLog",
+    "Logger",
+    "TimelineFile",
+    "log_hyperparameters",
+    "log_outcome",
+    "purge_after",
+]

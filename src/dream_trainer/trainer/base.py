@@ -25,17 +25,23 @@ from dream_trainer.callbacks import (
     MetricLogger,
     ProgressBar,
     RunSummary,
+    Timeline,
 )
 from dream_trainer.callbacks.overview import Overview, overview
 from dream_trainer.callbacks.run_summary import end_line
 from dream_trainer.configs import CheckpointParameters, Link, TrainingParameters
+from dream_trainer.configs.differing import flattened
+from dream_trainer.configs.yaml_text import load_yaml
 from dream_trainer.coordination import Interruption, Place, RankWatch, StopAgreement
 from dream_trainer.data import ResumableLoader
 from dream_trainer.errors import ConfigError
+from dream_trainer.host_values import Value
 from dream_trainer.loggers import Logger
 from dream_trainer.loop import FitLoop
-from dream_trainer.metrics import LoggedValues, Value
+from dream_trainer.measured import MeasuredValues
+from dream_trainer.metrics import LoggedValues
 from dream_trainer.randomness import all_preserved, seed_everything
+from dream_trainer.reductions import Reduce
 from dream_trainer.storage.run_lock import RunLock
 from dream_trainer.trainer.abstract import AbstractTrainer, AbstractTrainerConfig
 from dream_trainer.trainer.closing import close
@@ -85,8 +91,8 @@ class BaseTrainerConfig(AbstractTrainerConfig):
     checkpoint_parameters: CheckpointParameters = field(default_factory=CheckpointParameters)
     """Triggers, retention, resume."""
     callbacks: dict[str, Callback | None] = field(default_factory=dict)
-    """Callbacks by name, on top of ``lr``, ``metrics``, ``summary``, ``progress`` and
-    ``checkpoint``; the same name replaces one, None leaves it out."""
+    """Callbacks by name, on top of ``lr``, ``metrics``, ``summary``, ``progress``, ``checkpoint``
+    and ``timeline``; the same name replaces one, None leaves it out."""
     loggers: dict[str, Any] = field(default_factory=dict)
     """Lightning loggers by name, beside the exact JSONL log."""
 
@@ -138,6 +144,9 @@ class BaseTrainer(AbstractTrainer):
         window: the accumulation window under way.
         guard: asked before each step, if ``on_nonfinite`` is ``"skip"``.
         logged: values logged since the last step.
+        measured: values measured since the last line of the timeline.
+        began: when `fit` was called, in seconds since 1970.
+        resumed_from: name of the checkpoint that the run continues from, if there is one.
         is_running: whether `fit`, `validate`, `test` or `predict` is under way.
         is_fitting: whether `fit` is under way.
         is_prepared: whether `prepare` is done.
@@ -166,6 +175,7 @@ class BaseTrainer(AbstractTrainer):
             "summary": RunSummary(),
             "progress": ProgressBar(),
             "checkpoint": CheckpointCallback(),
+            "timeline": Timeline(),
         }
         replaced = {name: config.callbacks.get(name, one) for name, one in defaults.items()}
         added = {name: one for name, one in config.callbacks.items() if name not in defaults}
@@ -179,7 +189,8 @@ class BaseTrainer(AbstractTrainer):
         for index, one in enumerate(self.world.loggers):
             self.loggers.setdefault(f"fabric_{index}", one)
         self.metrics = MetricPhases(self)
-        self.logged = LoggedValues()
+        self.logged, self.measured = LoggedValues(), MeasuredValues()
+        self.began, self.resumed_from = 0.0, cast("str | None", None)
         self.is_running = self.is_fitting = self.is_resumed = False
         self.is_interrupted_between_batches = False
         self.is_brought_back = self.is_closed = False
@@ -304,6 +315,7 @@ class BaseTrainer(AbstractTrainer):
             with all_preserved():
                 bring_back(self, run_on_ranks(self, "fit"))
             return
+        self.began = time.time()
         with running(self):
             self.stop_reason = None
             self.prepare()
@@ -325,6 +337,7 @@ class BaseTrainer(AbstractTrainer):
             if not self.streams.take_up() and not self.progress.num_batches:
                 seed_rank(self)
             self.loop.run()
+            self.place.enter("end")
             self.callbacks.post_fit(self)
             self.checkpointer.wait()
         if not self._has_summary:
@@ -508,13 +521,56 @@ class BaseTrainer(AbstractTrainer):
             return None
         return self._optimizer_steps.take(optimizer)
 
-    def log(self, name: str, value: Value) -> None:
-        """Log one value with the step under way."""
-        self.logged.add({name: value})
+    def log(
+        self, name: str, value: Value, *, reduce: Reduce = "mean", weight: Value | None = None
+    ) -> None:
+        """Log one value with the step, or the validation, under way.
 
-    def log_dict(self, values: Mapping[str, Value]) -> None:
-        """Log values with the step under way; tensors stay on the device until later."""
-        self.logged.add(values)
+        It is reduced over the batches of the step (of the validation) and all data-parallel
+        ranks, when rows are written: logging costs no synchronisation. On every rank.
+
+        Args:
+            name: in the row, as it is.
+            value: a number, or a tensor with one element, which stays on the device.
+            reduce: how values of the same name become one.
+            weight: how much this one counts in the mean; 1 if left out.
+
+        Raises:
+            ValueError: there is no such reduction, or a weight for another one than the mean.
+        """
+        if reduce == "mean":
+            self.logged.add({name: value}, 1.0 if weight is None else weight)
+        else:
+            self.log_dict({name: value}, reduce=reduce, weight=weight)
+
+    def log_dict(
+        self,
+        values: Mapping[str, Value],
+        *,
+        reduce: Reduce = "mean",
+        weight: Value | None = None,
+    ) -> None:
+        """Log values with the step under way; see `log`."""
+        if reduce == "mean":
+            self.logged.add(values, 1.0 if weight is None else weight)
+            return
+        if weight is not None:
+            raise ValueError(f"a weight counts in means, and {', '.join(values)} is a {reduce}")
+        for name, value in values.items():
+            self.logged.add_reduced(name, value, reduce)
+
+    def log_measured(self, name: str, value: Value, *, reduce: Reduce = "mean") -> None:
+        """Log what a clock or a meter says: no two runs have the same, so no exact log has it.
+
+        It is in the next line of progress of ``timeline.jsonl``, and goes to the loggers, as the
+        mean (or what `reduce` says) of the seconds between two lines. Rank 0's own counts.
+
+        Args:
+            name: ``"memory/host_gib"``, for example.
+            value: a number, or a tensor with one element, which stays on the device until then.
+            reduce: how values of the same name become one.
+        """
+        self.measured.add(name, value, reduce)
 
     def stop(self, reason: str) -> None:
         """End the run after the step under way, or, on several ranks, after one they agree on.
@@ -576,12 +632,20 @@ class BaseTrainer(AbstractTrainer):
         self.prepare()
         loaded = self.checkpointer.load(path, self.components.template())
         self.load_state_dict(OwnState(loaded.state), strict)
+        self.resumed_from = loaded.path.name
 
     def batch_to_device(self, batch: Any) -> Any:
         """Move a batch of any loader; override it for what does not move by itself."""
         return self.world.to_device(batch)
 
     # ------------------------------------------------------------------ what callbacks read
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """What loggers are given of the configuration: plain data by dotted name.
+
+        It is what ``config.yaml`` has. Override it for more, or for less.
+        """
+        return flattened(load_yaml(self.describe_config(self.config)))
 
     @property
     def has_validation_hooks(self) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from dream_trainer.metrics import to_host
+from dream_trainer.host_values import to_host
 from dream_trainer.trainer.metric_states import is_single_metric, merged_over_ranks, updated_metrics
 
 if TYPE_CHECKING:

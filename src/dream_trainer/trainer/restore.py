@@ -47,7 +47,7 @@ def restore(trainer: BaseTrainer, *, read_only: bool) -> None:
                 "another experiment, or start from its weights with init_from. Another seed or "
                 "length of the data can be allowed by name (checkpoint_parameters.allow_changed).",
             ) from error
-        manifest = loaded.manifest
+        manifest, trainer.resumed_from = loaded.manifest, loaded.path.name
         trainer.origin = (
             f"resuming {directory} at {trainer.progress.place} "
             f"({loaded.path.name}, saved {manifest.saved_at})"

@@ -44,9 +44,9 @@ def verify_resume(
     and in the end the metrics log.
 
     Everything is written into a temporary folder (``TMPDIR`` chooses the disk). ``config`` stays
-    as it is; a copy gets other limits and checkpoint triggers, and neither loggers nor a progress
-    bar. Only what happens within ``steps`` is verified: a small ``train_steps_per_epoch`` brings
-    ends of epochs and validations into them.
+    as it is; a copy gets other limits and checkpoint triggers, and neither loggers, a progress bar
+    nor a timeline. Only what happens within ``steps`` is verified: a small
+    ``train_steps_per_epoch`` brings ends of epochs and validations into them.
 
     Args:
         make_trainer: the trainer's class, or any function from a configuration to a trainer.
@@ -238,7 +238,9 @@ def _for_verification(config: Config, root: str, steps: int, every: int) -> Conf
         async_save=False,  # a checkpoint must be there when its hook returns
         resume="auto",
     )
-    made.callbacks = {**config.callbacks, "summary": None, "progress": None}
+    # What they write follows the clock, and they have no state.
+    aside = dict.fromkeys(("summary", "progress", "timeline"))
+    made.callbacks = {**config.callbacks, **aside}
     if made.callbacks.get("checkpoint", True) is None:
         made.callbacks["checkpoint"] = CheckpointCallback()
     made.loggers = {}

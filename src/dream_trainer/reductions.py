@@ -1,18 +1,19 @@
-"""Values of ``self.log`` that are reduced over the batches of an epoch."""
+"""Means, sums, maxima and minima over batches and ranks, without a host synchronisation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from dream_trainer.metrics import Value, to_host
+from dream_trainer.host_values import Value, to_host
 
-#: One rank's number and what it weighs.
-Part = tuple[str, float, float]
+Reduce = Literal["mean", "sum", "max", "min"]
+#: One rank's: name -> reduction, number, weight.
+Parts = Mapping[str, tuple[str, float, float]]
 _NAMES = {
     torch.mean: "mean",
     torch.sum: "sum",
@@ -47,11 +48,14 @@ class _Entry:
     weight: float
 
 
-class EpochValues:
-    """Sums, maxima and minima by name. Adding costs no host synchronisation."""
+class ReducedValues:
+    """Means, sums, maxima and minima by name. Adding costs no host synchronisation."""
 
     def __init__(self) -> None:
         self._entries: dict[str, _Entry] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._entries)
 
     def add(self, name: str, value: Value, weight: float, reduce: str) -> None:
         """Take in the value of a batch.
@@ -61,6 +65,9 @@ class EpochValues:
             value: a number, or a tensor with one element.
             weight: how much it counts in a mean.
             reduce: see `reduction`.
+
+        Raises:
+            ValueError: the name was reduced in another way before.
         """
         if isinstance(value, Tensor):
             value = value.detach()
@@ -72,6 +79,10 @@ class EpochValues:
         if known is None:
             self._entries[name] = _Entry(reduce, value, weight)
             return
+        if known.reduce != reduce:
+            raise ValueError(
+                f"{name} is logged as a {known.reduce} and as a {reduce}; give one another name"
+            )
         known.weight += weight
         known.value = _together(reduce, known.value, value)
 
@@ -81,25 +92,8 @@ class EpochValues:
         Args:
             gather: gives every rank the values of all of them.
         """
-        entries = self._entries
-        numbers = to_host([entry.value for entry in entries.values()])
-        own: dict[str, Part] = {
-            name: (entry.reduce, number, entry.weight)
-            for (name, entry), number in zip(entries.items(), numbers, strict=True)
-        }
-        found: dict[str, Part] = {}
-        for part in gather(own):
-            for name, (reduce, value, weight) in part.items():
-                if name in found:
-                    _, before, weight_before = found[name]
-                    value = float(_together(reduce, before, value))
-                    weight += weight_before
-                found[name] = (reduce, value, weight)
-        return {
-            name: value / weight if reduce == "mean" else value
-            for name, (reduce, value, weight) in found.items()
-            if weight or reduce != "mean"
-        }
+        (own,) = parts_of([self])
+        return merged(gather(own))
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's."""
@@ -110,10 +104,41 @@ class EpochValues:
         self._entries = {name: _Entry(**entry) for name, entry in state.items()}
 
 
+def parts_of(many: Sequence[ReducedValues | None]) -> list[Parts]:
+    """What ranks tell each other of each. One transfer, a host synchronisation."""
+    entries = [{} if one is None else one._entries for one in many]
+    numbers = iter(to_host([entry.value for one in entries for entry in one.values()]))
+    return [
+        {name: (entry.reduce, next(numbers), entry.weight) for name, entry in one.items()}
+        for one in entries
+    ]
+
+
+def merged(parts: Iterable[Parts]) -> dict[str, float]:
+    """Results by name, of the parts of all ranks."""
+    found: dict[str, tuple[str, float, float]] = {}
+    for part in parts:
+        for name, (reduce, value, weight) in part.items():
+            if name in found:
+                _, before, weight_before = found[name]
+                value = float(_together(reduce, before, value))
+                weight += weight_before
+            found[name] = (reduce, value, weight)
+    return {
+        name: value / weight if reduce == "mean" else value
+        for name, (reduce, value, weight) in found.items()
+        if weight or reduce != "mean"
+    }
+
+
 def _together(reduce: str, one: Value, other: Value) -> Value:
     if reduce in ("mean", "sum"):
         return one + other
     if isinstance(one, Tensor) or isinstance(other, Tensor):
         pair = (torch.as_tensor(one), torch.as_tensor(other))
         return torch.maximum(*pair) if reduce == "max" else torch.minimum(*pair)
+    # As torch does it; Python's own would keep or lose a NaN by the order.
+    for value in (one, other):
+        if value != value:
+            return value
     return max(one, other) if reduce == "max" else min(one, other)
