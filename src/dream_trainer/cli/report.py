@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +17,22 @@ from dream_trainer.cli.tables import (
     print_table,
     until_nobody_reads,
 )
+from dream_trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from dream_trainer.checkpointing.inventory import RunFolder
-    from dream_trainer.reporting import MetricSummary, RunReport
+    from dream_trainer.reporting import Goodput, MetricSummary, RunReport
+    from dream_trainer.reporting.run_view import RunView
 
-_HELP = "tell what runs were: configuration, metrics, checkpoints; several are compared"
+_HELP = (
+    "tell what runs were: metrics, time, configuration, checkpoints; in words, and as an HTML "
+    "file with curves; several are compared"
+)
 #: More columns than these are no table any more.
 _MOST_SIDE_BY_SIDE = 6
+#: Parts of the wall time that are worth a word.
+_LEAST_SHARE = 0.005
+_KINDS = ("png", "pdf", "svg")
 
 
 def add_report_command(
@@ -37,25 +45,82 @@ def add_report_command(
     parser.add_argument(
         "places", metavar="RUN", nargs="+", help="a run's directory, or a directory of runs"
     )
-    parser.add_argument("--json", action="store_true", help="plain data for programs")
+    parser.add_argument(
+        "--json", action="store_true", help="plain data for programs, instead of words and HTML"
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="where the HTML goes: by default report.html in the directory of the run, or here for "
+        "several runs",
+    )
+    parser.add_argument("--no-html", action="store_true", help="words only")
+    for kind in ("png", "pdf", "svg"):
+        parser.add_argument(
+            f"--{kind}", metavar="FOLDER", help=f"the curves as {kind.upper()} files for a paper"
+        )
 
 
 def report(given: argparse.Namespace) -> None:
     """Run what the parser of ``report`` read.
 
     Raises:
-        ConfigError: a path leads to no run.
+        ConfigError: a path leads to no run, or a file cannot be written.
     """
     # Here, because `--help` needs none of it.
     from dream_trainer.checkpointing.places import find_runs
     from dream_trainer.reporting import report_run
+    from dream_trainer.reporting.page import MOST_POINTS, require_free, require_plotly
+    from dream_trainer.reporting.run_view import view_runs
 
+    if given.no_html and given.output:
+        raise ConfigError("--output", ["it is where the HTML goes"], "Leave out --no-html.")
     runs = [run for place in given.places for run in find_runs(Path(place))]
-    reports = [report_run(run) for run in runs]
+    folders = {kind: Path(folder) for kind in _KINDS if (folder := getattr(given, kind))}
+    wants_html = bool(given.output) or not (given.json or given.no_html)
+    if given.output:
+        require_plotly()
+        require_free(Path(given.output))
+    views = view_runs(runs, MOST_POINTS) if wants_html or folders else None
+    reports = [report_run(run) for run in runs] if views is None else [v.report for v in views]
     if given.json:
         with until_nobody_reads():
             print(json.dumps([one.as_dict() for one in reports], indent=2, default=str))
+    else:
+        _print_all(runs, reports)
+    _write(given, views or [], folders, wants_html)
+
+
+def _write(
+    given: argparse.Namespace,
+    views: Sequence[RunView],
+    folders: Mapping[str, Path],
+    wants_html: bool,
+) -> None:
+    """Write the files that are wanted, and say where they are."""
+    from dream_trainer.reporting.figures import save_figures
+    from dream_trainer.reporting.page import has_plotly, write_page
+
+    said = sys.stderr if given.json else sys.stdout
+    for kind, folder in folders.items():
+        for path in save_figures(views, folder, kind):
+            print(path, file=said)
+    if not wants_html:
         return
+    if not given.output and not has_plotly():
+        print("no report.html: pip install 'dream-trainer[report]' brings what it needs")
+        return
+    home = views[0].report.directory if len(views) == 1 else Path()
+    path = Path(given.output) if given.output else home / "report.html"
+    try:
+        write_page(views, path)
+    except OSError as error:
+        problem = error.strerror or str(error)
+        raise ConfigError(str(path), [problem], "Choose another --output, or --no-html.") from error
+    print(path, file=said)
+
+
+def _print_all(runs: Sequence[RunFolder], reports: Sequence[RunReport]) -> None:
     with until_nobody_reads():
         for run, one in zip(runs, reports, strict=True):
             _print_run(run, one)
@@ -72,6 +137,8 @@ def _print_run(run: RunFolder, report: RunReport) -> None:
         f"{counted(report.step, 'step')}, {counted(report.epoch, 'epoch')} completed; written "
         f"{moment(report.first_written)} to {moment(report.last_written)} UTC"
     )
+    if report.goodput is not None:
+        _print_goodput(report.goodput)
     for problem in report.problems:
         print(f"not read: {problem}")
     for change in report.config_changes:
@@ -84,6 +151,26 @@ def _print_run(run: RunFolder, report: RunReport) -> None:
         _print_metrics(report)
     print()
     print_checkpoints(run, report.checkpoints)
+
+
+def _print_goodput(goodput: Goodput) -> None:
+    from dream_trainer.reporting.words import duration, percent
+
+    wall = goodput.wall or 1.0
+    parts = sorted(goodput.parts.items(), key=lambda part: -part[1])
+    told = [
+        f"{name.replace('_', '-')} {percent(seconds / wall)}"
+        for name, seconds in parts
+        if seconds >= _LEAST_SHARE * wall and name != "training"
+    ]
+    rest = f"; {', '.join(told)}" if told else ""
+    print(f"goodput {percent(goodput.share)} of {duration(goodput.wall)}{rest}")
+    if goodput.restarts:
+        again = counted(goodput.lost_steps, "step")
+        print(f"{counted(goodput.restarts, 'restart')}; {again} done again")
+    last = goodput.attempts[-1]
+    if last.status not in (None, "done"):
+        print(f"{last.status}: {last.reason}" if last.reason else last.status)
 
 
 def _print_metrics(report: RunReport) -> None:
@@ -104,13 +191,19 @@ def _cells(point: tuple[float, int] | None) -> tuple[str, str]:
 
 
 def _print_comparison(reports: Sequence[RunReport]) -> None:
+    from dream_trainer.reporting.run_view import short_names
+    from dream_trainer.reporting.words import percent
+
     shown = reports[:_MOST_SIDE_BY_SIDE]
     if len(reports) > len(shown):
         print(f"The first {len(shown)} of {len(reports)} side by side; --json has all.")
-    names = _short_names([one.directory for one in shown])
+    names = short_names([one.directory for one in shown])
     _print_configs(shown, names)
     print_heading("Metrics")
     rows = []
+    if any(one.goodput for one in shown):
+        told = [percent(one.goodput.share) if one.goodput else "-" for one in shown]
+        rows.append(("goodput", "", *told))
     for metric in sorted({name for one in shown for name in one.metrics}):
         summaries = [one.metrics.get(metric) for one in shown]
         for which in ("last", "lowest", "highest"):
@@ -137,13 +230,6 @@ def _print_configs(shown: Sequence[RunReport], names: Sequence[str]) -> None:
 def _at(summary: MetricSummary | None, which: str) -> str:
     point = getattr(summary, which, None)
     return f"{number(point[0])} at {point[1]}" if point else "-"
-
-
-def _short_names(directories: Sequence[Path]) -> list[str]:
-    """Paths below the deepest directory that they share."""
-    whole = [str(path.absolute()) for path in directories]
-    shared = os.path.commonpath(whole)
-    return [os.path.relpath(path, shared) for path in whole]
 
 
 def _told(value: Any) -> str:
