@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +58,7 @@ def add_report_command(
         parser.add_argument(
             f"--{kind}", metavar="FOLDER", help=f"the curves as {kind.upper()} files for a paper"
         )
+    parser.add_argument("--log", action="store_true", help="logarithmic values in those files")
 
 
 def report(given: argparse.Namespace) -> None:
@@ -70,7 +70,8 @@ def report(given: argparse.Namespace) -> None:
     # Here, because `--help` needs none of it.
     from dream_trainer.checkpointing.places import find_runs
     from dream_trainer.reporting import report_run
-    from dream_trainer.reporting.page import MOST_POINTS, require_free, require_plotly
+    from dream_trainer.reporting.figures import save_figures
+    from dream_trainer.reporting.page import MOST_POINTS
     from dream_trainer.reporting.run_view import view_runs
 
     if given.no_html and given.output:
@@ -78,55 +79,47 @@ def report(given: argparse.Namespace) -> None:
     runs = [run for place in given.places for run in find_runs(Path(place))]
     folders = {kind: Path(folder) for kind in _KINDS if (folder := getattr(given, kind))}
     wants_html = bool(given.output) or not (given.json or given.no_html)
-    if given.output:
-        require_plotly()
-        require_free(Path(given.output))
     views = view_runs(runs, MOST_POINTS) if wants_html or folders else None
     reports = [report_run(run) for run in runs] if views is None else [v.report for v in views]
-    if given.json:
+    # Files first: whoever reads the words may go before their end.
+    files: list[str] = []
+    try:
+        for kind, folder in folders.items():
+            files += map(str, save_figures(views or [], folder, kind, log=given.log))
+        if wants_html:
+            files.append(_write_page(views or [], given.output))
+    finally:
         with until_nobody_reads():
-            print(json.dumps([one.as_dict() for one in reports], indent=2, default=str))
-    else:
-        _print_all(runs, reports)
-    _write(given, views or [], folders, wants_html)
+            if given.json:
+                print(json.dumps([one.as_dict() for one in reports], indent=2, default=str))
+            else:
+                _print_all(runs, reports)
+                print("\n".join(files))
 
 
-def _write(
-    given: argparse.Namespace,
-    views: Sequence[RunView],
-    folders: Mapping[str, Path],
-    wants_html: bool,
-) -> None:
-    """Write the files that are wanted, and say where they are."""
-    from dream_trainer.reporting.figures import save_figures
+def _write_page(views: Sequence[RunView], output: str | None) -> str:
+    """Write the HTML, and say where it is."""
     from dream_trainer.reporting.page import has_plotly, write_page
 
-    said = sys.stderr if given.json else sys.stdout
-    for kind, folder in folders.items():
-        for path in save_figures(views, folder, kind):
-            print(path, file=said)
-    if not wants_html:
-        return
-    if not given.output and not has_plotly():
-        print("no report.html: pip install 'dream-trainer[report]' brings what it needs")
-        return
+    if not output and not has_plotly():
+        return "no report.html: pip install 'dream-trainer[report]' brings what it needs"
     home = views[0].report.directory if len(views) == 1 else Path()
-    path = Path(given.output) if given.output else home / "report.html"
+    path = Path(output) if output else home / "report.html"
     try:
         write_page(views, path)
     except OSError as error:
         problem = error.strerror or str(error)
         raise ConfigError(str(path), [problem], "Choose another --output, or --no-html.") from error
-    print(path, file=said)
+    return str(path)
 
 
 def _print_all(runs: Sequence[RunFolder], reports: Sequence[RunReport]) -> None:
-    with until_nobody_reads():
-        for run, one in zip(runs, reports, strict=True):
-            _print_run(run, one)
-            print()
-        if len(reports) > 1:
-            _print_comparison(reports)
+    for run, one in zip(runs, reports, strict=True):
+        _print_run(run, one)
+        print()
+    if len(reports) > 1:
+        _print_comparison(reports)
+        print()
 
 
 def _print_run(run: RunFolder, report: RunReport) -> None:

@@ -64,10 +64,12 @@ class CurveCollector:
         import numpy as np
 
         clock = step_clock(goodput)
-        return {
-            name: _curve(np.array(steps), np.array(values), clock, most)
-            for name, (steps, values) in self._points.items()
-        }
+        found = {}
+        for name, points in self._points.items():
+            steps, values = (np.array(one) for one in points)
+            seconds = None if clock is None else np.interp(steps, *clock)
+            found[name] = _curve(steps, values, seconds, most)
+        return found
 
 
 def step_clock(goodput: Goodput | None) -> tuple[Array, Array] | None:
@@ -99,8 +101,13 @@ def step_clock(goodput: Goodput | None) -> tuple[Array, Array] | None:
     return np.array(steps, float), np.array(seconds, float)
 
 
-def measured_curves(goodput: Goodput | None) -> dict[str, Curve]:
-    """What progress lines tell of throughput and memory, broken between two attempts."""
+def measured_curves(goodput: Goodput | None, most: int | None) -> dict[str, Curve]:
+    """What progress lines tell of throughput and memory, broken between two attempts.
+
+    Args:
+        goodput: whose attempts have the lines.
+        most: points that a curve may have; None for all.
+    """
     import numpy as np
 
     if goodput is None:
@@ -121,7 +128,7 @@ def measured_curves(goodput: Goodput | None) -> dict[str, Curve]:
             if values is None or name in values
         ]
         steps, seconds, values = (np.array(one, float) for one in zip(*points, strict=True))
-        found[name] = Curve(steps, values, seconds, num_values=len(points))
+        found[name] = _curve(steps, values, seconds, most)
     return found
 
 
@@ -141,52 +148,56 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, (int, float)) else math.nan
 
 
-def _curve(
-    steps: Array, values: Array, clock: tuple[Array, Array] | None, most: int | None
-) -> Curve:
+def _curve(steps: Array, values: Array, seconds: Array | None, most: int | None) -> Curve:
     import numpy as np
 
     finite = np.isfinite(values)
-    bad = int(len(values) - finite.sum())
+    total, bad = len(values), int(len(values) - finite.sum())
     values = np.where(finite, values, np.nan)
     means = None
-    total = len(values)
     if most is not None and total > most:
-        kept, bucket_steps, bucket_means = buckets(steps, values, most // 2)
+        edges, kept = buckets(values, most // 2)
+        means = (_mean(steps, edges), _mean(values, edges), _mean(seconds, edges))
         steps, values = steps[kept], values[kept]
-        means = (bucket_steps, bucket_means, _at(clock, bucket_steps))
-    return Curve(steps, values, _at(clock, steps), means, total, bad)
+        seconds = None if seconds is None else seconds[kept]
+    return Curve(steps, values, seconds, means, total, bad)
 
 
-def _at(clock: tuple[Array, Array] | None, steps: Array) -> Array | None:
+def _mean(values: Array | None, edges: NDArray[np.intp]) -> Any:
+    """Means of buckets over what is finite; NaN where nothing is."""
     import numpy as np
 
-    return None if clock is None else np.interp(steps, *clock)
+    if values is None:
+        return None
+    finite = np.isfinite(values)
+    with np.errstate(invalid="ignore"):
+        sums = np.add.reduceat(np.where(finite, values, 0.0), edges)
+        return sums / np.add.reduceat(finite.astype(float), edges)
 
 
-def buckets(steps: Array, values: Array, count: int) -> tuple[Array, Array, Array]:
+def buckets(values: Array, count: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Divide a curve into equal parts and keep the lowest and the highest point of each.
 
     The first and the last point stay too. Values that are not finite are NaN and count for
     nothing, unless a bucket has no others.
 
+    Args:
+        values: more than there are buckets.
+        count: how many.
+
     Returns:
-        Indices of the points to keep, and step and mean of each bucket.
+        Where each bucket begins, and the indices of the points to keep.
     """
     import numpy as np
 
-    edges = np.linspace(0, len(values), count + 1).astype(int)[:-1]
-    sizes = np.diff([*edges, len(values)])
+    edges = np.linspace(0, len(values), count + 1).astype(int)
+    sizes, edges = np.diff(edges), edges[:-1]
     finite = np.isfinite(values)
     number = np.repeat(np.arange(count), sizes)
     # Sorted by bucket, then by value: the ends of each bucket are its lowest and highest.
     lowest = np.lexsort((np.where(finite, values, np.inf), number))[edges]
     highest = np.lexsort((np.where(finite, values, -np.inf), number))[edges + sizes - 1]
-    kept = np.unique(np.concatenate([[0], lowest, highest, [len(values) - 1]]))
-    with np.errstate(invalid="ignore"):
-        sums = np.add.reduceat(np.where(finite, values, 0.0), edges)
-        means = sums / np.add.reduceat(finite.astype(float), edges)
-    return kept, np.add.reduceat(steps, edges) / sizes, means
+    return edges, np.unique(np.concatenate([[0], lowest, highest, [len(values) - 1]]))
 
 
 @dataclass(frozen=True)

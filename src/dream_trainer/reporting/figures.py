@@ -64,6 +64,7 @@ def save_figures(
     kind: str = "png",
     names: Sequence[str] = (),
     x: Axis = "step",
+    log: bool = False,
 ) -> list[Path]:
     """Draw each chart into a file of its own, named for what it shows.
 
@@ -76,6 +77,7 @@ def save_figures(
         kind: one of `KINDS`.
         names: metrics; all if empty.
         x: optimizer steps, or hours since the run began.
+        log: logarithmic values.
 
     Returns:
         The files.
@@ -103,13 +105,13 @@ def save_figures(
         )
     with matplotlib.rc_context(cast(Any, _STYLE)):
         for chart, path in zip(charts, files, strict=True):
-            figure = _figure(views, chart, x)
+            figure = _figure(views, chart, x, "log" if log else "linear")
             with atomic_file(path) as beside:
                 figure.savefig(beside, format=kind, metadata=_METADATA[kind], **_SAVED)
     return files
 
 
-def _figure(views: Sequence[RunView], chart: Chart, x: Axis) -> Figure:
+def _figure(views: Sequence[RunView], chart: Chart, x: Axis, scale: str) -> Figure:
     # Without pyplot: nothing of the caller's is touched, and no window opens.
     from matplotlib.figure import Figure
 
@@ -131,7 +133,7 @@ def _figure(views: Sequence[RunView], chart: Chart, x: Axis) -> Figure:
             markersize=2.5,
             markevery=max(1, len(curve.steps) // 12),
         )
-    axes.set(xlabel=AXES[x], ylabel=chart.title.replace("_", " "))
+    axes.set(xlabel=AXES[x], ylabel=chart.title.replace("_", " "), yscale=scale)
     axes.grid(True)
     if len(lines) > 1:
         figure.legend(loc="outside right upper", frameon=False, handlelength=1.6)

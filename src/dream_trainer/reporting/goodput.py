@@ -193,7 +193,7 @@ def _moment_of_step(one: Attempt, redone_from: int | None) -> float:
         return one.started
     saved = [m for m in one.moments if m.step == redone_from and m.event == "checkpoint"]
     if saved:
-        return saved[0].time
+        return saved[-1].time
     before = [m for m in one.moments if m.step <= redone_from][-1]
     after = next((m for m in one.moments if m.step > redone_from), None)
     if after is None or before.step == redone_from:

@@ -89,9 +89,9 @@ def page(views: Sequence[RunView]) -> str:
         config_section(views),
         checkpoint_section(views),
     ]
-    # "</" would end the element in the middle of a string.
+    # A "<" in a name could end the element.
     data = json.dumps(page_data(views), separators=(",", ":"), allow_nan=False)
-    data = data.replace("</", "<\\/").replace("<!--", "<\\u0021--")
+    data = data.replace("<", "\\u003c")
     return f"""<!doctype html>
 {_SIGN}
 <html lang="en">

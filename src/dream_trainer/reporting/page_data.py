@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,11 @@ def _mark(mark: Mark) -> dict[str, Any]:
 
 
 def _best(view: RunView, mark: Mark, value: float) -> dict[str, Any]:
-    return {**_mark(mark), "y": _short(value), "metric": view.report.monitor}
+    return {
+        **_mark(mark),
+        "y": _short(value) if math.isfinite(value) else None,
+        "metric": view.report.monitor,
+    }
 
 
 def _bands(view: RunView) -> list[tuple[float, float, str]]:

@@ -90,7 +90,7 @@ def _view(run: RunFolder, label: str, most: int | None) -> RunView:
         label,
         report,
         collector.curves(most, goodput),
-        measured_curves(goodput),
+        measured_curves(goodput, most),
         _restarts(report),
         checkpoints,
         (mark(best[1], text), best[0]) if best else None,

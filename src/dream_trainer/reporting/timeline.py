@@ -46,9 +46,12 @@ def read_timeline(path: Path) -> tuple[list[Moment], list[str]]:
             continue
         try:
             moment = _moment(json.loads(line))
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except json.JSONDecodeError as error:
             if number < len(lines):  # the last one is being written, or was cut short
                 unread.append(f"{path.name}, line {number}: {error}")
+            continue
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            problems.append(f"{path.name}, line {number}: {error!r}")
             continue
         if moment.event != "start":
             problems += unread

@@ -44,8 +44,9 @@
   const isPlaced = (points) => state.axis === "x" || points.t !== null;
 
   /** On the clock nothing is drawn from one start of a run to the next. */
-  function broken(x, y, points, run) {
-    if (state.axis === "x" || !run.restarts.length) return { x, y };
+  function broken(x, y, points, run, chart) {
+    const isWhole = chart.kind === "measured" || !run.restarts.length;
+    if (state.axis === "x" || isWhole) return { x, y };
     const found = { x: [], y: [] };
     let next = 0;
     points.x.forEach((step, index) => {
@@ -94,7 +95,7 @@
         dashes[parts.indexOf(line.part) % dashes.length] : "solid",
     };
     const raw = {
-      type: "scatter", mode: few ? "lines+markers" : "lines", ...broken(along(line), line.y, line, run),
+      type: "scatter", mode: few ? "lines+markers" : "lines", ...broken(along(line), line.y, line, run, chart),
       name: label(chart, line), line: style, marker: { size: isVal ? 6 : 4, color: ink },
       opacity: many && parts.length > 1 && line.part === "train" ? 0.55 : 1,
       connectgaps: false, showlegend: !many && chart.lines.length > 1, hovertemplate: "%{y:.6~g}",
@@ -102,7 +103,7 @@
     if (!state.smooth || line.y.length < 3) return [raw];
     const source = line.means || line;
     const smooth = {
-      ...raw, ...broken(along(source), smoothed(source.y, state.smooth), source, run), mode: "lines", opacity: 1,
+      ...raw, ...broken(along(source), smoothed(source.y, state.smooth), source, run, chart), mode: "lines", opacity: 1,
       line: { ...style, width: style.width + 0.6 },
     };
     return [
@@ -190,7 +191,7 @@
         title: { text: state.axis === "x" ? "optimizer steps" : unit, standoff: 6 },
         automargin: true, hoverformat: state.axis === "x" ? ",d" : ".3~f" },
       yaxis: { ...grid, type: state.logs.has(chart) ? "log" : "linear", automargin: true,
-        exponentformat: "power", nticks: 7 },
+        exponentformat: "power", minorloglabels: "complete", nticks: 7 },
       yaxis2: { overlaying: "y", range: [0, 1], fixedrange: true, visible: false },
       legend: { orientation: "h", x: 0, y: 1, yanchor: "bottom", font: { size: 11.5 } },
       showlegend: true, uirevision: state.axis + state.logs.has(chart), shapes: shapesOf(),
