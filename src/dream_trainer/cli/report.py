@@ -94,7 +94,8 @@ def report(given: argparse.Namespace) -> None:
                 print(json.dumps([one.as_dict() for one in reports], indent=2, default=str))
             else:
                 _print_all(runs, reports)
-                print("\n".join(files))
+                for path in files:
+                    print(path)
 
 
 def _write_page(views: Sequence[RunView], output: str | None) -> str:

@@ -1,4 +1,4 @@
-"""Timelines by hand, in the words of their file."""
+"""Timelines by hand, in the words of their file, and a real run with one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from support import tiny
+
 Line = dict[str, Any]
+MEASURED = {"samples_per_second": 100.0, "memory/process_gib": 0.5, "loader_wait": 0.1}
 
 
 def start(time: float, step: int = 0, *, began: float | None = None, **told: Any) -> Line:
@@ -43,3 +46,22 @@ def write(path: Path, *lines: Line | str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(texts))
     return path
+
+
+def killed_run(root: Path) -> Path:
+    """A run of 12 steps that looks as if it had been killed at step 9, and went on at 6."""
+    trainer = tiny(root, n_epochs=2, monitor="val/loss", callbacks={}, async_save=False)
+    trainer.fit()
+    run = Path(trainer.run_directory)
+    write(
+        run / "timeline.jsonl",
+        start(1_800_000_002, began=1_800_000_000, host="node-1", device="cpu"),
+        progress(1_800_000_008, 5, MEASURED, train=5, loader=1),
+        validation(1_800_000_010, 6, took=1),
+        checkpoint(1_800_000_011, 6, stall=0.5),
+        progress(1_800_000_013, 9, MEASURED, train=8, loader=1, validation=1, save=0.5),
+        start(1_800_000_032, 6, began=1_800_000_030),
+        progress(1_800_000_038, 12, MEASURED, train=6),
+        end(1_800_000_038, 12),
+    )
+    return run
