@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     )
     from dream_trainer.planning import RunPlan, plan_run
     from dream_trainer.predictions import Predictions, read_predictions
+    from dream_trainer.reporting import plot_runs
     from dream_trainer.trainer import (
         AbstractTrainer,
         AbstractTrainerConfig,
@@ -102,6 +103,7 @@ _HOMES = {
     "lightning_modules": ("LightningModuleTrainer", "LightningModuleTrainerConfig"),
     "planning": ("RunPlan", "plan_run"),
     "predictions": ("Predictions", "read_predictions"),
+    "reporting": ("plot_runs",),
     "trainer": (
         "AbstractTrainer",
         "AbstractTrainerConfig",
@@ -170,6 +172,7 @@ __all__ = [
     "plan_run",
     "profile_run",
     "read_predictions",
+    "plot_runs",
     "verify_resume",
 ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,15 @@ class Browser:
         WebDriverWait(self.driver, 30, poll_frequency=0.05).until(
             lambda _: self.run(f"return Boolean({condition})")
         )
+
+    def shoot(self, path: Path, selector: str | None = None) -> None:
+        """Write what is seen, or one element, as a PNG file."""
+        self.until("[...document.querySelectorAll('.plot')].some(p => p.querySelector('.trace'))")
+        time.sleep(0.5)  # charts that came into sight are drawn one by one
+        if selector is None:
+            self.driver.save_screenshot(str(path))
+        else:
+            self.driver.find_element("css selector", selector).screenshot(str(path))
 
     def complaints(self) -> list[str]:
         """Errors and warnings of the console since the last call."""

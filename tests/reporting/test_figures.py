@@ -39,6 +39,21 @@ def test_a_trainer_shows_its_own_curves(tmp_path: Path) -> None:
     assert trainer.plot("train/loss", log=True).layout.yaxis.type == "log"
 
 
+def test_a_notebook_gets_what_it_can_show(run: Path) -> None:
+    import plotly.io
+
+    figure, before = plot_runs(run), plotly.io.renderers.default
+    plotly.io.renderers.default = "plotly_mimetype"
+    try:
+        shown = figure._repr_mimebundle_()
+    finally:
+        plotly.io.renderers.default = before
+    (kind,) = shown
+    assert kind == "application/vnd.plotly.v1+json"
+    assert len(shown[kind]["data"]) == len(figure.data) == 3
+    assert figure._ipython_display_ is None
+
+
 def test_each_run_has_its_colour_and_its_name(run: Path) -> None:
     other = shutil.copytree(run, run.parent / "other", symlinks=True)
     traces = plot_runs(run, other, names=["train/loss", "val/loss"]).data

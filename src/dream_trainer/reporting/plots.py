@@ -75,6 +75,8 @@ def plot_runs(
         template="plotly_white",
         margin={"l": 50, "r": 20, "t": 50, "b": 50},
     )
+    # It needs nbformat in the kernel's environment; what a notebook shows otherwise needs nothing.
+    figure._ipython_display_ = None
     return figure
 
 
