@@ -60,8 +60,8 @@ def main(folder: Path) -> None:
         browser.run("document.querySelector('[data-axis=t]').click()")
         browser.run("document.getElementById('time').scrollIntoView()")
         browser.shoot(folder / "report_time.png", "#time")
-        browser.open(root / "all.html", width=1200, height=840, dark=True)
-        browser.run("document.querySelector('.own').click()")
+        browser.open(root / "all.html", width=1200, height=760, dark=True)
+        browser.run("document.querySelector('.chart .own').click()")
         browser.run(
             "const it = document.getElementById('smooth'); it.value = 0.9;"
             "it.dispatchEvent(new Event('input'));"

@@ -79,7 +79,13 @@ def chromium() -> Iterator[Browser]:
     options = webdriver.ChromeOptions()
     options.binary_location = binary
     # Without a sandbox: the tests may run as root. Without shared memory: a container has little.
-    for switch in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu"):
+    for switch in (
+        "headless=new",
+        "no-sandbox",
+        "disable-dev-shm-usage",
+        "disable-gpu",
+        "hide-scrollbars",
+    ):
         options.add_argument(f"--{switch}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     made = webdriver.Chrome(options=options, service=Service(driver))

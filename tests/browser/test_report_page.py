@@ -57,7 +57,7 @@ def chart(browser: Browser, title: str, expression: str) -> Any:
 
 
 def draw_all(browser: Browser) -> None:
-    browser.run("dispatchEvent(new Event('beforeprint'))")
+    browser.run("dispatchEvent(new Event('beforeprint')); dispatchEvent(new Event('afterprint'))")
     browser.until("[...document.querySelectorAll('.plot')].every(p => p.querySelector('.trace'))")
 
 
@@ -247,10 +247,16 @@ def test_a_chart_becomes_a_picture_without_a_server(browser: Browser, one: Path)
     assert browser.complaints() == []
 
 
-def test_it_prints(browser: Browser, one: Path) -> None:
-    browser.open(one)
+def test_it_prints_all_curves_black_on_white(browser: Browser, one: Path) -> None:
+    browser.open(one, dark=True)
+    theme = "document.documentElement.dataset.theme"
+    assert browser.run(f"return {theme}") == "dark"
+    seen = f"addEventListener('beforeprint', () => {{ window.printed = {theme}; }})"
+    browser.run(seen)
     printed = browser.driver.execute_cdp_cmd("Page.printToPDF", {"printBackground": False})
     assert base64.b64decode(printed["data"]).startswith(b"%PDF")
+    assert browser.run("return window.printed") == "light"
+    assert browser.run(f"return {theme}") == "dark"
     undrawn = "return [...document.querySelectorAll('.plot')].filter(p => !p.innerHTML).length"
     assert browser.run(undrawn) == 0
 

@@ -127,7 +127,8 @@ _CURVES = """<section id="curves"><h2>Curves</h2>
 <label>smooth <input id="smooth" type="range" min="0" max="0.99" step="0.01" value="0">\
 <output id="smoothed">0</output></label>
 <label><input id="log" type="checkbox"> log scale</label>
-<label><input id="marks" type="checkbox"> restarts, checkpoints</label>
+<label title="triangles: restarts above, checkpoints below; star: the best one; ring: the best \
+value"><input id="marks" type="checkbox"> restarts, checkpoints</label>
 <input id="find" type="search" placeholder="find a curve" aria-label="find a curve">
 <span id="legend"></span>
 </div>

@@ -47,9 +47,9 @@ def _ended(report: RunReport) -> str:
     if report.goodput is None:
         return f"{where}, last written {moment(report.last_written)}"
     last = report.goodput.attempts[-1]
-    how = last.status or "goes on, or was killed"
+    how = last.status or "no end: goes on, or was killed"
     reason = f" ({last.reason})" if last.reason else ""
-    return f"{where}, {how}{reason}, last heard of {clock(last.ended)}"
+    return f"{where}, {how}{reason}; last heard of at {clock(last.ended)} UTC"
 
 
 def problem_section(views: Sequence[RunView]) -> str:

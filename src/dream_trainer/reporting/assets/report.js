@@ -258,6 +258,7 @@
     if (!many) return;
     data.runs.forEach((run, index) => {
       const made = button("", "show or hide this run", true);
+      made.className = "key";
       const dot = document.createElement("i");
       dot.className = "run run" + (index % 8);
       made.append(dot, run.label);
@@ -308,7 +309,8 @@
       if (!chart.drawn) draw(chart);
     }), { rootMargin: "600px" });
     charts.forEach((chart) => seen.observe(chart.box));
-    addEventListener("beforeprint", drawAll);
+    addEventListener("beforeprint", () => { applyTheme("light"); drawAll(); });
+    addEventListener("afterprint", () => applyTheme(themeNow()));
   }
 
   function addSearch() {
