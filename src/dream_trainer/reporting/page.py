@@ -26,7 +26,7 @@ MOST_POINTS = 4000
 _SIGN = "<!-- written by dream-trainer report -->"
 #: What a browser may do with the page: nothing but what is in it.
 _POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; "
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "img-src data: blob:; font-src data:"
 )
 
