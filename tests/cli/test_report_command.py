@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,17 @@ def test_figures_go_into_a_folder_and_are_listed(run: Path, capsys: Capture) -> 
     lines = capsys.readouterr().out.splitlines()
     assert {"figures/loss.png", "figures/lr.png"} <= set(lines)
     assert {path.name for path in Path("figures").iterdir()} >= {"loss.png", "lr.png"}
+
+
+def test_a_page_needs_no_torch(run: Path) -> None:
+    program = (
+        "import sys\n"
+        "from dream_trainer.cli import main\n"
+        "main(['report', sys.argv[1]])\n"
+        "assert not {'torch', 'lightning', 'matplotlib', 'pandas'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(run)], check=True, timeout=120)
+    assert (run / "report.html").exists()
 
 
 def test_where_the_time_went_is_told(run: Path, capsys: Capture) -> None:
