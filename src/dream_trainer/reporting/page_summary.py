@@ -47,9 +47,11 @@ def _ended(report: RunReport) -> str:
     if report.goodput is None:
         return f"{where}, last written {moment(report.last_written)}"
     last = report.goodput.attempts[-1]
-    how = last.status or "no end: goes on, or was killed"
+    moment_of_end = f"{clock(last.ended)} UTC"
+    if last.status is None:
+        return f"{where}, no end: goes on, or was killed; last heard of at {moment_of_end}"
     reason = f" ({last.reason})" if last.reason else ""
-    return f"{where}, {how}{reason}; last heard of at {clock(last.ended)} UTC"
+    return f"{where}, {last.status} at {moment_of_end}{reason}"
 
 
 def problem_section(views: Sequence[RunView]) -> str:
