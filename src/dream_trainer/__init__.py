@@ -170,9 +170,9 @@ __all__ = [
     "find_graph_breaks",
     "find_learning_rate",
     "plan_run",
+    "plot_runs",
     "profile_run",
     "read_predictions",
-    "plot_runs",
     "verify_resume",
 ]
 
