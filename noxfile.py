@@ -16,6 +16,7 @@ CONSTRAINTS = ROOT / "constraints.txt"
 DEV = ROOT / ".nox" / "dev"
 PEERS = ROOT / ".nox" / "bench"
 INTEROP = ROOT / ".nox" / "interop"
+BROWSER = ROOT / ".nox" / "browser"
 
 nox.options.default_venv_backend = "venv"
 nox.options.sessions = ["lint", "types", "tests", "docs", "build"]
@@ -58,7 +59,9 @@ def tests(session: nox.Session) -> None:
     """Run the tests; arguments after `--` go to pytest."""
     # One thread each: ranks started side by side would otherwise fight over the cores.
     command = ["python", "-m", "pytest", "-n", "auto", "--dist", "worksteal"]
-    apart = [f"--ignore=tests/{folder}" for folder in ("interop", "examples")]  # see `interop`
+    apart = [
+        f"--ignore=tests/{folder}" for folder in ("interop", "examples", "browser")
+    ]  # see below
     run_in_dev(session, *command, *apart, *session.posargs, OMP_NUM_THREADS="1")
 
 
@@ -98,7 +101,9 @@ def bench(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def pictures(session: nox.Session) -> None:
     """Make the pictures of the pages from real runs (minutes); names after `--` choose some."""
-    run_in_dev(session, "python", "docs/pictures/pictures.py", *session.posargs)
+    install_chromium(session)
+    python = str(peers(session, BROWSER, "selenium"))
+    session.run(python, "docs/pictures/pictures.py", *session.posargs, external=True)
 
 
 @nox.session(venv_backend="none")
@@ -110,6 +115,27 @@ def interop(session: nox.Session) -> None:
     command = [python, "-m", "pytest", "-n", "auto", "--dist", "worksteal"]
     places = session.posargs or ["tests/interop", "tests/examples"]
     session.run(*command, *places, env={"OMP_NUM_THREADS": "1"}, external=True)
+
+
+def install_chromium(session: nox.Session) -> None:
+    """Install a browser and its driver, where they are missing and Debian's packages are there."""
+    if all(map(shutil.which, ("chromium", "chromedriver"))) or not shutil.which("apt-get"):
+        return
+    quiet = {"DEBIAN_FRONTEND": "noninteractive"}
+    session.run("apt-get", "update", "-qq", external=True)
+    install = ["apt-get", "install", "-qq", "--no-install-recommends"]
+    session.run(
+        *install, "-y", "chromium", "chromium-driver", env=quiet, external=True, silent=True
+    )
+
+
+@nox.session(venv_backend="none")
+def browser(session: nox.Session) -> None:
+    """Open the pages of reports in a Chromium without a window, and use them."""
+    install_chromium(session)
+    python = str(peers(session, BROWSER, "selenium"))
+    places = session.posargs or ["tests/browser"]
+    session.run(python, "-m", "pytest", *places, env={"OMP_NUM_THREADS": "1"}, external=True)
 
 
 @nox.session(venv_backend="none")
@@ -163,7 +189,8 @@ def build(session: nox.Session) -> None:
 
     # An ignore pattern can swallow a source folder; only the built wheel shows it.
     package = ROOT / "src" / "dream_trainer"
-    sources = {path.relative_to(ROOT / "src").as_posix() for path in package.rglob("*.py")}
+    files = [*package.rglob("*.py"), *package.glob("reporting/assets/*")]
+    sources = {path.relative_to(ROOT / "src").as_posix() for path in files}
     missing = (sources | {"dream_trainer/py.typed"}) - set(ZipFile(wheel).namelist())
     if missing:
         session.error(f"not in {wheel.name}: {', '.join(sorted(missing))}")

@@ -21,7 +21,6 @@ LAYERS = (
         "inspection",
         "lightning_modules",
         "planning",
-        "reporting",
         "tuning",
         "verification",
     ),
@@ -30,6 +29,7 @@ LAYERS = (
     ("trainer.abstract",),  # and every other part that the trainers are made of
     ("loop",),
     ("callbacks",),
+    ("reporting",),  # it needs no trainer, and trainers show what it draws
     ("loggers", "checkpointing", "data", "coordination", "predictions"),
     ("world",),
     ("storage",),

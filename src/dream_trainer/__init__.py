@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     )
     from dream_trainer.planning import RunPlan, plan_run
     from dream_trainer.predictions import Predictions, read_predictions
+    from dream_trainer.reporting import plot_runs
     from dream_trainer.trainer import (
         AbstractTrainer,
         AbstractTrainerConfig,
@@ -118,6 +119,7 @@ _HOMES = {
     "lightning_modules": ("LightningModuleTrainer", "LightningModuleTrainerConfig"),
     "planning": ("RunPlan", "plan_run"),
     "predictions": ("Predictions", "read_predictions"),
+    "reporting": ("plot_runs",),
     "trainer": (
         "AbstractTrainer",
         "AbstractTrainerConfig",
@@ -192,6 +194,7 @@ __all__ = [
     "find_graph_breaks",
     "find_learning_rate",
     "plan_run",
+    "plot_runs",
     "profile_run",
     "read_predictions",
     "verify_resume",

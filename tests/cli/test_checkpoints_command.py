@@ -266,7 +266,7 @@ def test_listing_help_and_report_load_no_torch(original: Path) -> None:
         "assert not heavy & set(sys.modules), sorted(heavy & set(sys.modules))\n"
     )
     commands = [f"checkpoints ls {original}", f"checkpoints verify {original}"]
-    commands += [f"checkpoints prune {original} --keep_last 1", f"report {original}"]
+    commands += [f"checkpoints prune {original} --keep_last 1", f"report {original} --no-html"]
     commands += ["checkpoints --help", "checkpoints prune --help", "report --help"]
     result = subprocess.run(
         [sys.executable, "-c", program, *commands], capture_output=True, text=True, timeout=120

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,14 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(original: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(original, tmp_path / "runs" / "tiny", symlinks=True))
+    without = shutil.ignore_patterns("report.html")
+    return Path(shutil.copytree(original, tmp_path / "runs/tiny", symlinks=True, ignore=without))
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report of several runs is written where one is."""
+    monkeypatch.chdir(tmp_path)
 
 
 def told(capsys: Capture, *words: object) -> list[dict[str, Any]]:
@@ -134,3 +143,100 @@ def test_rows_are_read_while_another_process_writes(tmp_path: Path) -> None:
         file.write('{"step": 2')
     assert log.read() == [{"step": 1, "a": math.inf}]
     log.close()
+
+
+def test_the_page_lies_in_the_directory_of_the_run_and_the_last_line_says_so(
+    run: Path, capsys: Capture
+) -> None:
+    main(["report", str(run)])
+    page = run / "report.html"
+    assert capsys.readouterr().out.splitlines()[-1] == str(page)
+    assert "<title>tiny</title>" in page.read_text()
+    main(["report", str(run), "--output", "there/mine.html"])
+    assert capsys.readouterr().out.splitlines()[-1] == "there/mine.html"
+    assert Path("there/mine.html").exists()
+
+
+def test_the_page_of_several_runs_lies_here(original: Path, run: Path, capsys: Capture) -> None:
+    main(["report", str(original), str(run)])
+    assert capsys.readouterr().out.splitlines()[-1] == "report.html"
+    assert "<title>2 runs</title>" in Path("report.html").read_text()
+
+
+@pytest.mark.parametrize("words", [["--json"], ["--no-html"]])
+def test_no_page_is_written_where_none_is_wanted(run: Path, words: list[str]) -> None:
+    main(["report", str(run), *words])
+    assert not list(Path().rglob("*.html"))
+
+
+def test_with_json_a_page_is_written_if_it_is_asked_for(run: Path, capsys: Capture) -> None:
+    assert told(capsys, run, "--output", "it.html")[0]["step"] == 12
+    assert Path("it.html").exists()
+
+
+def test_a_file_of_somebody_else_stays_and_the_words_are_told(run: Path, capsys: Capture) -> None:
+    page = run / "report.html"
+    page.write_text("mine")
+    with pytest.raises(SystemExit) as end:
+        main(["report", str(run)])
+    told = capsys.readouterr()
+    assert end.value.code == 2
+    assert page.read_text() == "mine"
+    assert "12 steps, 2 epochs completed" in told.out
+    assert "no report of ours" in told.err
+    assert "--output" in told.err
+
+
+def test_without_plotly_the_words_are_told_and_the_extra_named(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    main(["report", str(run)])
+    out = capsys.readouterr().out
+    assert "12 steps, 2 epochs completed" in out
+    assert "pip install 'dream-trainer[report]'" in out.splitlines()[-1]
+    with pytest.raises(SystemExit):
+        main(["report", str(run), "--output", "it.html"])
+    assert "dream-trainer[report]" in capsys.readouterr().err
+
+
+def test_figures_go_into_a_folder_and_are_listed(run: Path, capsys: Capture) -> None:
+    main(["report", str(run), "--no-html", "--png", "figures", "--log"])
+    lines = capsys.readouterr().out.splitlines()
+    assert {"figures/loss.png", "figures/lr.png"} <= set(lines)
+    assert {path.name for path in Path("figures").iterdir()} >= {"loss.png", "lr.png"}
+
+
+def test_a_page_needs_no_torch(run: Path) -> None:
+    program = (
+        "import sys\n"
+        "from dream_trainer.cli import main\n"
+        "main(['report', sys.argv[1]])\n"
+        "assert not {'torch', 'lightning', 'matplotlib', 'pandas'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(run)], check=True, timeout=120)
+    assert (run / "report.html").exists()
+
+
+def test_where_the_time_went_is_told(run: Path, capsys: Capture) -> None:
+    lines = [
+        {"event": "start", "time": 0, "began": 0, "step": 0, "resumed_from": None},
+        {"event": "progress", "time": 10, "step": 10, "seconds": {"train": 9, "loader": 1}},
+        {"event": "start", "time": 20, "began": 15, "step": 5, "resumed_from": "step-00000005"},
+        {"event": "progress", "time": 30, "step": 12, "seconds": {"train": 10}},
+        {"event": "end", "time": 30, "step": 12, "status": "stopped", "reason": "enough"},
+    ]
+    text = "".join(json.dumps(one) + "\n" for one in lines)
+    (run / "timeline.jsonl").write_text(text)
+    main(["report", str(run), "--no-html"])
+    out = capsys.readouterr().out
+    assert (
+        "goodput 48.3 % of 30.0 s; start-up 16.7 %, lost 16.7 %, down 16.7 %, loader 1.7 %\n"
+        "1 restart; 5 steps done again\n"
+        "stopped: enough\n"
+    ) in out
+    (found,) = told(capsys, run)
+    goodput = found["goodput"]
+    assert (goodput["share"], goodput["wall_seconds"]) == (round(14.5 / 30, 6), 30)
+    assert sum(goodput["seconds"].values()) == 30
+    assert [one["lost_steps"] for one in goodput["attempts"]] == [5, 0]

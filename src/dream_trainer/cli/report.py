@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +16,22 @@ from dream_trainer.cli.tables import (
     print_table,
     until_nobody_reads,
 )
+from dream_trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from dream_trainer.checkpointing.inventory import RunFolder
-    from dream_trainer.reporting import MetricSummary, RunReport
+    from dream_trainer.reporting import Goodput, MetricSummary, RunReport
+    from dream_trainer.reporting.run_view import RunView
 
-_HELP = "tell what runs were: configuration, metrics, checkpoints; several are compared"
+_HELP = (
+    "tell what runs were: metrics, time, configuration, checkpoints; in words, and as an HTML "
+    "file with curves; several are compared"
+)
 #: More columns than these are no table any more.
 _MOST_SIDE_BY_SIDE = 6
+#: Parts of the wall time that are worth a word.
+_LEAST_SHARE = 0.005
+_KINDS = ("png", "pdf", "svg")
 
 
 def add_report_command(
@@ -37,31 +44,83 @@ def add_report_command(
     parser.add_argument(
         "places", metavar="RUN", nargs="+", help="a run's directory, or a directory of runs"
     )
-    parser.add_argument("--json", action="store_true", help="plain data for programs")
+    parser.add_argument(
+        "--json", action="store_true", help="plain data for programs, instead of words and HTML"
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="where the HTML goes: by default report.html in the directory of the run, or here for "
+        "several runs",
+    )
+    parser.add_argument("--no-html", action="store_true", help="words only")
+    for kind in ("png", "pdf", "svg"):
+        parser.add_argument(
+            f"--{kind}", metavar="FOLDER", help=f"the curves as {kind.upper()} files for a paper"
+        )
+    parser.add_argument("--log", action="store_true", help="logarithmic values in those files")
 
 
 def report(given: argparse.Namespace) -> None:
     """Run what the parser of ``report`` read.
 
     Raises:
-        ConfigError: a path leads to no run.
+        ConfigError: a path leads to no run, or a file cannot be written.
     """
     # Here, because `--help` needs none of it.
     from dream_trainer.checkpointing.places import find_runs
     from dream_trainer.reporting import report_run
+    from dream_trainer.reporting.figures import save_figures
+    from dream_trainer.reporting.page import MOST_POINTS
+    from dream_trainer.reporting.run_view import view_runs
 
+    if given.no_html and given.output:
+        raise ConfigError("--output", ["it is where the HTML goes"], "Leave out --no-html.")
     runs = [run for place in given.places for run in find_runs(Path(place))]
-    reports = [report_run(run) for run in runs]
-    if given.json:
+    folders = {kind: Path(folder) for kind in _KINDS if (folder := getattr(given, kind))}
+    wants_html = bool(given.output) or not (given.json or given.no_html)
+    views = view_runs(runs, MOST_POINTS) if wants_html or folders else None
+    reports = [report_run(run) for run in runs] if views is None else [v.report for v in views]
+    # Files first: whoever reads the words may go before their end.
+    files: list[str] = []
+    try:
+        for kind, folder in folders.items():
+            files += map(str, save_figures(views or [], folder, kind, log=given.log))
+        if wants_html:
+            files.append(_write_page(views or [], given.output))
+    finally:
         with until_nobody_reads():
-            print(json.dumps([one.as_dict() for one in reports], indent=2, default=str))
-        return
-    with until_nobody_reads():
-        for run, one in zip(runs, reports, strict=True):
-            _print_run(run, one)
-            print()
-        if len(reports) > 1:
-            _print_comparison(reports)
+            if given.json:
+                print(json.dumps([one.as_dict() for one in reports], indent=2, default=str))
+            else:
+                _print_all(runs, reports)
+                for path in files:
+                    print(path)
+
+
+def _write_page(views: Sequence[RunView], output: str | None) -> str:
+    """Write the HTML, and say where it is."""
+    from dream_trainer.reporting.page import has_plotly, write_page
+
+    if not output and not has_plotly():
+        return "no report.html: pip install 'dream-trainer[report]' brings what it needs"
+    home = views[0].report.directory if len(views) == 1 else Path()
+    path = Path(output) if output else home / "report.html"
+    try:
+        write_page(views, path)
+    except OSError as error:
+        problem = error.strerror or str(error)
+        raise ConfigError(str(path), [problem], "Choose another --output, or --no-html.") from error
+    return str(path)
+
+
+def _print_all(runs: Sequence[RunFolder], reports: Sequence[RunReport]) -> None:
+    for run, one in zip(runs, reports, strict=True):
+        _print_run(run, one)
+        print()
+    if len(reports) > 1:
+        _print_comparison(reports)
+        print()
 
 
 def _print_run(run: RunFolder, report: RunReport) -> None:
@@ -72,6 +131,8 @@ def _print_run(run: RunFolder, report: RunReport) -> None:
         f"{counted(report.step, 'step')}, {counted(report.epoch, 'epoch')} completed; written "
         f"{moment(report.first_written)} to {moment(report.last_written)} UTC"
     )
+    if report.goodput is not None:
+        _print_goodput(report.goodput)
     for problem in report.problems:
         print(f"not read: {problem}")
     for change in report.config_changes:
@@ -84,6 +145,26 @@ def _print_run(run: RunFolder, report: RunReport) -> None:
         _print_metrics(report)
     print()
     print_checkpoints(run, report.checkpoints)
+
+
+def _print_goodput(goodput: Goodput) -> None:
+    from dream_trainer.reporting.words import duration, percent
+
+    wall = goodput.wall or 1.0
+    parts = sorted(goodput.parts.items(), key=lambda part: -part[1])
+    told = [
+        f"{name.replace('_', '-')} {percent(seconds / wall)}"
+        for name, seconds in parts
+        if seconds >= _LEAST_SHARE * wall and name != "training"
+    ]
+    rest = f"; {', '.join(told)}" if told else ""
+    print(f"goodput {percent(goodput.share)} of {duration(goodput.wall)}{rest}")
+    if goodput.restarts:
+        again = counted(goodput.lost_steps, "step")
+        print(f"{counted(goodput.restarts, 'restart')}; {again} done again")
+    last = goodput.attempts[-1]
+    if last.status not in (None, "done"):
+        print(f"{last.status}: {last.reason}" if last.reason else last.status)
 
 
 def _print_metrics(report: RunReport) -> None:
@@ -104,13 +185,19 @@ def _cells(point: tuple[float, int] | None) -> tuple[str, str]:
 
 
 def _print_comparison(reports: Sequence[RunReport]) -> None:
+    from dream_trainer.reporting.run_view import short_names
+    from dream_trainer.reporting.words import percent
+
     shown = reports[:_MOST_SIDE_BY_SIDE]
     if len(reports) > len(shown):
         print(f"The first {len(shown)} of {len(reports)} side by side; --json has all.")
-    names = _short_names([one.directory for one in shown])
+    names = short_names([one.directory for one in shown])
     _print_configs(shown, names)
     print_heading("Metrics")
     rows = []
+    if any(one.goodput for one in shown):
+        told = [percent(one.goodput.share) if one.goodput else "-" for one in shown]
+        rows.append(("goodput", "", *told))
     for metric in sorted({name for one in shown for name in one.metrics}):
         summaries = [one.metrics.get(metric) for one in shown]
         for which in ("last", "lowest", "highest"):
@@ -137,13 +224,6 @@ def _print_configs(shown: Sequence[RunReport], names: Sequence[str]) -> None:
 def _at(summary: MetricSummary | None, which: str) -> str:
     point = getattr(summary, which, None)
     return f"{number(point[0])} at {point[1]}" if point else "-"
-
-
-def _short_names(directories: Sequence[Path]) -> list[str]:
-    """Paths below the deepest directory that they share."""
-    whole = [str(path.absolute()) for path in directories]
-    shared = os.path.commonpath(whole)
-    return [os.path.relpath(path, shared) for path in whole]
 
 
 def _told(value: Any) -> str:

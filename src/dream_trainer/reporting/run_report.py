@@ -14,6 +14,9 @@ from typing import Any
 from dream_trainer.checkpointing.inventory import ListedCheckpoint, RunFolder, read_config
 from dream_trainer.configs.differing import ABSENT, differing
 from dream_trainer.loggers import JsonlLog
+from dream_trainer.reporting.curves import CurveCollector
+from dream_trainer.reporting.goodput import Goodput, measure_goodput
+from dream_trainer.reporting.timeline import TIMELINE_NAME, read_timeline
 
 LOG_NAME = "metrics.jsonl"
 _SUPERSEDED = re.compile(r".*\.superseded-(\d+)")
@@ -61,7 +64,10 @@ class ConfigChange:
 
 @dataclass(frozen=True)
 class RunReport:
-    """What is known of a run. A restart that changed nothing has left no trace, as it is exact."""
+    """What is known of a run.
+
+    Without a timeline a restart that changed nothing has left no trace, as it is exact.
+    """
 
     directory: Path
     first_written: str | None
@@ -85,6 +91,8 @@ class RunReport:
     checkpoints: Sequence[ListedCheckpoint]
     problems: Sequence[str]
     """What could not be read."""
+    goodput: Goodput | None = None
+    """Where the time went, and every start; None without a timeline."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for programs; values that are not finite are words, as in the log."""
@@ -106,18 +114,25 @@ class RunReport:
             "logs_set_aside": list(self.logs_set_aside),
             "checkpoints": [one.as_dict() for one in self.checkpoints],
             "problems": list(self.problems),
+            "goodput": self.goodput and self.goodput.as_dict(),
         }
 
 
-def report_run(run: RunFolder) -> RunReport:
-    """Read all that a run's directory tells; nothing is written, and the run may go on."""
-    log, problems = JsonlLog(run.directory / LOG_NAME), []
+def report_run(run: RunFolder, curves: CurveCollector | None = None) -> RunReport:
+    """Read all that a run's directory tells; nothing is written, and the run may go on.
+
+    Args:
+        run: where it is.
+        curves: gets every value of the log, for those who draw it.
+    """
+    log = JsonlLog(run.directory / LOG_NAME)
+    moments, problems = read_timeline(run.directory / TIMELINE_NAME)
     metrics: dict[str, MetricSummary] = {}
     num_rows = step = epoch = 0
     try:
         for row in log.rows():
             num_rows, step, epoch = num_rows + 1, int(row["step"]), int(row["epoch"])
-            _add(metrics, row, step)
+            _add(metrics, row, step, curves)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         problems.append(f"{LOG_NAME}, line {num_rows + 1}: {error}")
     listed = run.checkpoints()
@@ -140,16 +155,24 @@ def report_run(run: RunFolder) -> RunReport:
         logs_set_aside=[path.name for path in old_logs],
         checkpoints=listed,
         problems=problems,
+        goodput=measure_goodput(moments),
     )
 
 
-def _add(metrics: dict[str, MetricSummary], row: Mapping[str, float], step: int) -> None:
+def _add(
+    metrics: dict[str, MetricSummary],
+    row: Mapping[str, float],
+    step: int,
+    curves: CurveCollector | None,
+) -> None:
     for name, value in row.items():
         if name in _PLACE:
             continue
         if name not in metrics:
             metrics[name] = MetricSummary(0, (value, step))
         metrics[name].add(value, step)
+        if curves is not None:
+            curves.add(name, value, step)
 
 
 def _configs(run: RunFolder) -> list[Path]:

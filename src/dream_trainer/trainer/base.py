@@ -76,6 +76,7 @@ from dream_trainer.trainer.state import (
 )
 
 if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
     from typing_extensions import Self
 
 #: The next one without a name in this process, as in every restart of its job.
@@ -633,6 +634,28 @@ class BaseTrainer(AbstractTrainer):
         loaded = self.checkpointer.load(path, self.components.template())
         self.load_state_dict(OwnState(loaded.state), strict)
         self.resumed_from = loaded.path.name
+
+    def plot(self, *names: str, x: Literal["step", "time"] = "step", log: bool = False) -> Figure:
+        """Draw what the run has logged so far, from its own log.
+
+        In a notebook it shows itself as the last value of a cell. Metrics logged since the last
+        rows were written are not in it yet. Any rank can call it.
+
+        Args:
+            names: metrics, ``trainer.plot("train/loss", "val/loss")``; all without one.
+            x: optimizer steps, or hours since the run began.
+            log: logarithmic values.
+
+        Returns:
+            A plotly figure.
+
+        Raises:
+            ConfigError: nothing was logged, or not that, or plotly is not installed.
+        """
+        # Here, because only those who look load it.
+        from dream_trainer.reporting import plot_runs
+
+        return plot_runs(self.run_directory, names=names, x=x, log=log)
 
     def batch_to_device(self, batch: Any) -> Any:
         """Move a batch of any loader; override it for what does not move by itself."""
