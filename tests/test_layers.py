@@ -33,7 +33,7 @@ LAYERS = (
     ("loggers", "checkpointing", "data", "coordination"),
     ("world",),
     ("storage",),
-    ("configs", "progress", "accumulation", "metrics", "randomness"),
+    ("configs", "progress", "accumulation", "metrics", "randomness", "schedules"),
     ("errors", "lazy_names"),
 )
 TRAINERS = ("trainer.dream", "trainer.base")

@@ -12,13 +12,17 @@ if TYPE_CHECKING:
     from dream_trainer.callbacks import (
         Callback,
         CheckpointCallback,
+        EarlyStopping,
         GarbageCollection,
+        GradientAccumulationScheduler,
         Histograms,
         LearningRateMonitor,
         MetricLogger,
         Profiler,
         ProgressBar,
         StepTimes,
+        Unfreeze,
+        Unfreezing,
     )
     from dream_trainer.checkpointing import Checkpointer, export_checkpoint
     from dream_trainer.cli import Command, DreamCLI
@@ -45,6 +49,7 @@ if TYPE_CHECKING:
         LightningModuleTrainerConfig,
     )
     from dream_trainer.planning import RunPlan, plan_run
+    from dream_trainer.schedules import Schedule, warm_up
     from dream_trainer.trainer import (
         AbstractTrainer,
         AbstractTrainerConfig,
@@ -68,13 +73,17 @@ _HOMES = {
     "callbacks": (
         "Callback",
         "CheckpointCallback",
+        "EarlyStopping",
         "GarbageCollection",
+        "GradientAccumulationScheduler",
         "Histograms",
         "LearningRateMonitor",
         "MetricLogger",
         "Profiler",
         "ProgressBar",
         "StepTimes",
+        "Unfreeze",
+        "Unfreezing",
     ),
     "checkpointing": ("Checkpointer", "export_checkpoint"),
     "cli": ("Command", "DreamCLI"),
@@ -98,6 +107,7 @@ _HOMES = {
     ),
     "lightning_modules": ("LightningModuleTrainer", "LightningModuleTrainerConfig"),
     "planning": ("RunPlan", "plan_run"),
+    "schedules": ("Schedule", "warm_up"),
     "trainer": (
         "AbstractTrainer",
         "AbstractTrainerConfig",
@@ -137,7 +147,9 @@ __all__ = [
     "DreamTrainerConfig",
     "DreamWorld",
     "Duration",
+    "EarlyStopping",
     "GarbageCollection",
+    "GradientAccumulationScheduler",
     "Histograms",
     "LearningRateMonitor",
     "LearningRateResult",
@@ -153,9 +165,12 @@ __all__ = [
     "ResumableRun",
     "ResumeReport",
     "RunPlan",
+    "Schedule",
     "Size",
     "StepTimes",
     "TrainingParameters",
+    "Unfreeze",
+    "Unfreezing",
     "benchmark",
     "export_checkpoint",
     "find_batch_size",
@@ -164,6 +179,7 @@ __all__ = [
     "plan_run",
     "profile_run",
     "verify_resume",
+    "warm_up",
 ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +67,11 @@ class LoggedValues:
             for name, entries in state_dict.items()
             for value, weight in entries
         ]
+
+    def named(self, names: Collection[str]) -> Observations:
+        """Those of some names that were added and not taken; they stay."""
+        self.resolve()
+        return [one for one in self._observations if one[0] in names]
 
     def take(self) -> Observations:
         """Hand over what was added, and start anew."""

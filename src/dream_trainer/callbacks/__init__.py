@@ -1,8 +1,10 @@
 """Callbacks: code that runs at named moments of a run."""
 
+from dream_trainer.callbacks.accumulation_scheduler import GradientAccumulationScheduler
 from dream_trainer.callbacks.callback import HOOKS, Callback
 from dream_trainer.callbacks.callback_list import CallbackList
 from dream_trainer.callbacks.checkpoint import CheckpointCallback
+from dream_trainer.callbacks.early_stopping import EarlyStopping
 from dream_trainer.callbacks.garbage_collection import GarbageCollection
 from dream_trainer.callbacks.histograms import Histograms
 from dream_trainer.callbacks.learning_rate import LearningRateMonitor
@@ -10,17 +12,22 @@ from dream_trainer.callbacks.metric_logger import MetricLogger
 from dream_trainer.callbacks.profiler import Profiler
 from dream_trainer.callbacks.progress_bar import ProgressBar
 from dream_trainer.callbacks.step_times import StepTimes
+from dream_trainer.callbacks.unfreezing import Unfreeze, Unfreezing
 
 __all__ = [
     "HOOKS",
     "Callback",
     "CallbackList",
     "CheckpointCallback",
+    "EarlyStopping",
     "GarbageCollection",
+    "GradientAccumulationScheduler",
     "Histograms",
     "LearningRateMonitor",
     "MetricLogger",
     "Profiler",
     "ProgressBar",
     "StepTimes",
+    "Unfreeze",
+    "Unfreezing",
 ]

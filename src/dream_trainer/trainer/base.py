@@ -32,13 +32,19 @@ from dream_trainer.loggers import Logger
 from dream_trainer.loop import FitLoop
 from dream_trainer.metrics import LoggedValues, Value
 from dream_trainer.randomness import all_preserved, seed_everything
+from dream_trainer.schedules import Schedule
 from dream_trainer.storage.run_lock import RunLock
 from dream_trainer.trainer.abstract import AbstractTrainer, AbstractTrainerConfig
 from dream_trainer.trainer.closing import close
 from dream_trainer.trainer.components import Components, find_module
 from dream_trainer.trainer.frozen_weights import FrozenWeights
-from dream_trainer.trainer.loaders import adopt_loader, count_training_steps
+from dream_trainer.trainer.loaders import (
+    accumulation_scheduler,
+    adopt_loader,
+    count_training_steps,
+)
 from dream_trainer.trainer.metric_phases import MetricPhases
+from dream_trainer.trainer.monitored import Monitored
 from dream_trainer.trainer.nonfinite import StepGuard
 from dream_trainer.trainer.optimizer_steps import OptimizerSteps
 from dream_trainer.trainer.presets import Preset, debug, overfit
@@ -51,6 +57,7 @@ from dream_trainer.trainer.run_directory import (
 )
 from dream_trainer.trainer.run_streams import RunStreams
 from dream_trainer.trainer.running import running
+from dream_trainer.trainer.scheduler_steps import SchedulerSteps
 from dream_trainer.trainer.state import (
     OwnState,
     apply_state,
@@ -129,6 +136,7 @@ class BaseTrainer(AbstractTrainer):
         window: the accumulation window under way.
         guard: asked before each step, if ``on_nonfinite`` is ``"skip"``.
         logged: values logged since the last step.
+        monitored: values that decide about the run, by name.
         is_running: whether `fit`, `validate`, `test` or `predict` is under way.
         is_fitting: whether `fit` is under way.
         is_prepared: whether `prepare` is done.
@@ -169,6 +177,7 @@ class BaseTrainer(AbstractTrainer):
             self.loggers.setdefault(f"fabric_{index}", one)
         self.metrics = MetricPhases(self)
         self.logged = LoggedValues()
+        self.monitored = Monitored(self)
         self.is_running = self.is_fitting = self.is_resumed = False
         self.is_interrupted_between_batches = False
         self.is_brought_back = self.is_closed = False
@@ -234,6 +243,14 @@ class BaseTrainer(AbstractTrainer):
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         """One batch to predict on; what it returns is collected."""
         raise NotImplementedError(f"{type(self).__name__} has no predict_step; write one")
+
+    def named_schedules(self) -> Mapping[str, Schedule]:
+        """When each of `named_schedulers` steps; the default is after each optimizer step.
+
+        Raises:
+            ConfigError: a scheduler cannot step so.
+        """
+        return {name: Schedule.of(one) for name, one in (self.named_schedulers() or {}).items()}
 
     def test_dataloader(self) -> Iterable[Any] | None:
         """Make the loader of `test`; called when it runs without one."""
@@ -510,7 +527,9 @@ class BaseTrainer(AbstractTrainer):
             ConfigError: neither ``max_steps`` nor ``n_epochs`` and a loader of known length say.
         """
         loader = self._adopted_train_loader()
-        return count_training_steps(loader, self.training_parameters, self.world.dp_size)
+        parameters, dp_size = self.training_parameters, self.world.dp_size
+        scheduler = accumulation_scheduler(self.callbacks)
+        return count_training_steps(loader, parameters, dp_size, scheduler)
 
     @property
     def run_directory(self) -> Path:
@@ -631,7 +650,8 @@ class BaseTrainer(AbstractTrainer):
         self.frozen_weights = FrozenWeights(self.components)
         skips = self.training_parameters.on_nonfinite == "skip"
         self.guard = StepGuard(self) if skips else None
-        self._optimizer_steps = OptimizerSteps(self, self.guard)
+        self.scheduler_steps = SchedulerSteps(self)
+        self._optimizer_steps = OptimizerSteps(self, self.scheduler_steps, self.guard)
         self._backward = self.world.backward_function()
         self.lock = RunLock(self.run_directory)
         self.checkpointer = checkpointing.Checkpointer(
@@ -639,8 +659,11 @@ class BaseTrainer(AbstractTrainer):
         )
         dp_size, val = self.world.dp_size, self.val_dataloader
         train = self._adopt(self.train_dataloader, "train_dataloader")
-        size = self.training_parameters.accumulation(train.batch_size, dp_size)
-        train.looks_ahead = size > 1  # a window must know its last batch
+        size = largest = self.training_parameters.accumulation(train.batch_size, dp_size)
+        if (scheduler := accumulation_scheduler(self.callbacks)) is not None:
+            scheduler.check(self.training_parameters)
+            largest = max(size, *scheduler.scheduling.values())
+        train.looks_ahead = largest > 1  # a window must know its last batch
         self.window = AccumulationWindow(size, dp_size, self._sum_over_data_parallel)
         val = None if val is None else self._adopt(val, "val_dataloader")
         self.loop = FitLoop(self, train, val, self.window, self.clock)
