@@ -73,6 +73,11 @@ class LoggedValues:
         self.resolve()
         return [one for one in self._observations if one[0] in names]
 
+    def names(self) -> set[str]:
+        """Names of those that were added and not taken."""
+        self.resolve()
+        return {name for name, _, _ in self._observations}
+
     def take(self) -> Observations:
         """Hand over what was added, and start anew."""
         if self._result is not None:

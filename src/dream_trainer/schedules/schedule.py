@@ -36,7 +36,7 @@ class Schedule:
     def __post_init__(self) -> None:
         scheduler, name = self.innermost, type(self.innermost).__name__
         problems = []
-        if not hasattr(scheduler, "step") or not hasattr(scheduler, "state_dict"):
+        if not all(hasattr(scheduler, one) for one in ("step", "state_dict", "optimizer")):
             problems.append(f"{name} is no scheduler")
         if self.every not in get_args(Every):
             problems.append(f'every={self.every!r} is none of "step", "epoch", "validation"')

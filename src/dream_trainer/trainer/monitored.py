@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dream_trainer.errors import ConfigError
@@ -35,6 +35,8 @@ class Monitored:
         self._trainer = trainer
         self.is_watching = False
         self._names: set[str] = set()
+        #: What there is besides, for messages.
+        self._seen: set[str] = set()
         self._pending: Observations = []
         self._sums: dict[str, tuple[float, float]] = {}
         self.means: dict[str, float] = {}
@@ -51,7 +53,10 @@ class Monitored:
 
     def take_step(self) -> None:
         """Look at the values of a window that has ended, before anybody takes them away."""
-        self._pending += self._trainer.logged.named(self._names)
+        logged = self._trainer.logged
+        self._pending += logged.named(self._names)
+        if not self._seen:
+            self._seen = logged.names()
         if len(self._pending) >= _MOST_PENDING:
             self._move()
 
@@ -75,12 +80,18 @@ class Monitored:
         """
         of_epoch = name.startswith(_TRAIN)
         known = self.means if of_epoch else self._trainer.validation_results
-        if name not in known:
-            raise ConfigError(place, [missing(name, known)], "Monitor one of these, or log it.")
-        return known[name]
+        if name in known:
+            return known[name]
+        there = sorted(self._seen | known.keys() if of_epoch else known)
+        what = "values of the training epoch" if of_epoch else "validation results"
+        raise ConfigError(
+            place,
+            [f"monitor={name!r} is not among the {what} ({', '.join(there) or 'none'})"],
+            "Monitor one of these, or log it.",
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        """What the epoch has so far; differs by rank. Nothing if nobody watches."""
+        """What the epoch has so far on this rank. Nothing if nobody watches."""
         if not self.is_watching:
             return {}
         return {"sums": dict(self._sums), "pending": [list(one) for one in self._pending]}
@@ -91,15 +102,29 @@ class Monitored:
         self._sums = {name: (total, weight) for name, (total, weight) in sums.items()}
         self._pending = [(name, value, weight) for name, value, weight in pending]
 
+    def totals_over_ranks(self) -> dict[str, tuple[float, float]]:
+        """What the epoch has so far on all ranks together. A collective, if anybody watches."""
+        if not self.is_watching:
+            return {}
+        (pending,) = totals([self._pending])
+        parts = self._trainer.world.gather_data_parallel([self._sums, pending])
+        return _added(row for part in parts for row in part)
+
+    def load_totals(self, totals_of_all: Mapping[str, tuple[float, float]]) -> None:
+        """Go on from `totals_over_ranks` of other ranks: the first of these has them all."""
+        is_first = self._trainer.world.dp_rank == 0
+        self._sums, self._pending = dict(totals_of_all) if is_first else {}, []
+
     def _move(self) -> None:
         (row,) = totals([self._pending])
         self._pending = []
+        self._sums = _added([self._sums, row])
+
+
+def _added(rows: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:
+    sums: dict[str, tuple[float, float]] = {}
+    for row in rows:
         for name, (total, weight) in row.items():
-            before, weight_before = self._sums.get(name, (0.0, 0.0))
-            self._sums[name] = before + total, weight_before + weight
-
-
-def missing(name: str, known: Mapping[str, float]) -> str:
-    """The problem that a value is not there."""
-    what = "values of the training epoch" if name.startswith(_TRAIN) else "validation results"
-    return f"monitor={name!r} is not among the {what} ({', '.join(sorted(known)) or 'none'})"
+            before, weight_before = sums.get(name, (0.0, 0.0))
+            sums[name] = before + total, weight_before + weight
+    return sums

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -61,8 +62,13 @@ class SchedulerSteps:
 
     def after(self, every: str) -> None:
         """An epoch, or a validation of the run, is over."""
-        for name, one in self._schedules.items():
-            if one.every == every:
+        due = [(name, one) for name, one in self._schedules.items() if one.every == every]
+        if not due:
+            return
+        with warnings.catch_warnings():
+            # Of a run that went on just before: torch counts the optimizer's steps by process.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            for name, one in due:
                 self._step(name, one)
 
     def state_dict(self) -> dict[str, int]:
