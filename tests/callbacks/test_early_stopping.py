@@ -153,3 +153,21 @@ def test_what_is_not_there_is_named_with_what_is(tmp_path: Path) -> None:
 def test_bad_values_are_refused(options: Mapping[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
         EarlyStopping(**options)
+
+
+def test_a_step_that_was_left_out_is_in_no_mean(tmp_path: Path) -> None:
+    class Diverges(TinyTrainer):
+        def compute_loss(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().compute_loss(batch, batch_idx)
+            return loss * float("nan") if batch_idx == 1 and torch.is_grad_enabled() else loss
+
+    trainer = tiny(
+        tmp_path,
+        Diverges,
+        callbacks={"stopping": EarlyStopping("train/loss")},
+        on_nonfinite="skip",
+        enable=False,
+    )
+    trainer.fit()
+    assert trainer.stop_reason is None
+    assert 0 < trainer.monitored.means["train/loss"] < 10

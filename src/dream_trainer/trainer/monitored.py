@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -106,8 +107,7 @@ class Monitored:
         """What the epoch has so far on all ranks together. A collective, if anybody watches."""
         if not self.is_watching:
             return {}
-        (pending,) = totals([self._pending])
-        parts = self._trainer.world.gather_data_parallel([self._sums, pending])
+        parts = self._trainer.world.gather_data_parallel([self._sums, *self._pending_totals()])
         return _added(row for part in parts for row in part)
 
     def load_totals(self, totals_of_all: Mapping[str, tuple[float, float]]) -> None:
@@ -116,9 +116,15 @@ class Monitored:
         self._sums, self._pending = dict(totals_of_all) if is_first else {}, []
 
     def _move(self) -> None:
-        (row,) = totals([self._pending])
+        self._sums = _added([self._sums, *self._pending_totals()])
         self._pending = []
-        self._sums = _added([self._sums, row])
+
+    def _pending_totals(self) -> list[dict[str, tuple[float, float]]]:
+        rows = totals([one] for one in self._pending)
+        if self._trainer.guard is None:
+            return rows
+        # A step that was left out brings its loss nevertheless.
+        return [row for row in rows if all(math.isfinite(total) for total, _ in row.values())]
 
 
 def _added(rows: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:
