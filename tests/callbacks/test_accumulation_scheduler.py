@@ -11,6 +11,7 @@ from support import TinyTrainer, differences, exact_state, tiny, tiny_config
 from dream_trainer import Callback, GradientAccumulationScheduler, plan_run
 from dream_trainer.data import ResumableLoader
 from dream_trainer.errors import ConfigError
+from dream_trainer.trainer.presets import debug
 
 pytestmark = pytest.mark.may_leave("rng")
 
@@ -131,3 +132,10 @@ def test_two_of_them_are_refused(tmp_path: Path) -> None:
     two = {name: GradientAccumulationScheduler({0: 2}) for name in ("one", "other")}
     with pytest.raises(ConfigError, match="one, other all say"):
         tiny(tmp_path, callbacks=two, enable=False).fit()
+
+
+def test_the_debug_preset_takes_one_batch_all_the_same(tmp_path: Path) -> None:
+    callbacks = {"scheduler": GradientAccumulationScheduler({0: 4})}
+    trainer = TinyTrainer(debug(tiny_config(tmp_path, callbacks=callbacks)))
+    trainer.fit()
+    assert trainer.progress.num_batches == trainer.global_step == 1

@@ -100,6 +100,13 @@ def test_it_does_not_lift_a_stop_that_is_not_its_own(tmp_path: Path) -> None:
         assert (trainer.current_epoch, trainer.stop_reason) == (1, "enough")
 
 
+def test_a_callback_of_a_run_before_begins_anew(tmp_path: Path) -> None:
+    stopping = EarlyStopping("val/score", patience=2)
+    for name in ("one", "other"):
+        trainer = run(tmp_path, [2, 3, 3], stopping, experiment=name)
+        assert trainer.current_epoch == 3
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_training_value_is_its_mean_over_the_epoch(tmp_path: Path, accumulation: int) -> None:
     class Numbered(TinyTrainer):

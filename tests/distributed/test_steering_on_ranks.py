@@ -57,6 +57,7 @@ def fit(root: Path, layout: str, experiment: str, **options: Any) -> Any:
         "num_samples": 26,
         "enable": True,
         "gradient_clip_val": 0.5,
+        "save_frozen": False,
         "experiment": experiment,
     }
 
@@ -112,7 +113,7 @@ def test_it_is_the_run_of_one_device_and_goes_on_exactly(
 
 
 def test_a_checkpoint_of_two_ranks_goes_on_on_one_and_back(tmp_path: Path, on_one: Any) -> None:
-    _, expected = on_one
+    (reason, steps, *_), expected = on_one
     fit(tmp_path, "ddp", "moves", max_steps=4)
     fit(tmp_path, "fsdp", "moves", max_steps=12)
     fit(tmp_path, "single", "moves")
@@ -122,3 +123,5 @@ def test_a_checkpoint_of_two_ranks_goes_on_on_one_and_back(tmp_path: Path, on_on
         for one in (row, single):
             one.pop("train/index_sum", None)  # a metric counts on other ranks from there on
         assert row == pytest.approx(single, rel=1e-7), row["step"]
+    for stop_reason, step, *_ in fit(tmp_path, "ddp", "moves"):  # it stays stopped
+        assert (stop_reason[:20], step) == (reason[:20], steps)

@@ -14,7 +14,6 @@ from dream_trainer.callbacks.callback import Callback
 from dream_trainer.errors import ConfigError, UnknownComponentError
 from dream_trainer.schedules import follow_new_groups, scale_rates
 from dream_trainer.world.component_state import clean_name, parameter_names, parameters_of
-from dream_trainer.world.wrappers import unwrap
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
@@ -105,6 +104,7 @@ class Unfreeze(Callback):
         Raises:
             ConfigError: a part is not there, or has no parameter.
         """
+        self._waiting = list(self.parts)  # another trainer may have had this callback
         models, problems = trainer.named_models(), []
         frozen = dict.fromkeys(self.parts, 0)
         for part, parameter in self._parameters(models):
@@ -132,7 +132,7 @@ class Unfreeze(Callback):
         components = trainer.components
         parts = {id(p): part for part, p in self._parameters(components.models)}
         for optimizer in components.optimizers.values():
-            schedulers = _schedulers_of(optimizer, trainer)
+            schedulers = trainer.schedulers_of(optimizer)
             for part in self.parts:
                 for index in range(len(optimizer.param_groups)):
                     self._split(part, parts, optimizer, index, schedulers)
@@ -238,11 +238,12 @@ class Unfreeze(Callback):
                 problems.append(f"{part}: {which} could train it")
                 continue
             optimizer = optimizers[found[0]]
-            schedulers = _schedulers_of(optimizer, trainer)
-            group = {**optimizer.param_groups[0], "params": missing}
+            schedulers = trainer.schedulers_of(optimizer)
+            like = self._first_group_of_no_part(optimizer, names)
+            group = {**optimizer.param_groups[like], "params": missing}
             if _NAMES in group:
                 group[_NAMES] = [names[id(p)].partition(".")[2] for p in missing]
-            _add_group(optimizer, group, 0, self.parts[part], schedulers)
+            _add_group(optimizer, group, like, self.parts[part], schedulers)
         if problems:
             raise ConfigError(
                 "Unfreeze",
@@ -250,10 +251,12 @@ class Unfreeze(Callback):
                 "Give its parameters to an optimizer in configure_optimizers, frozen as they are.",
             )
 
-
-def _schedulers_of(optimizer: Optimizer, trainer: BaseTrainer) -> list[Any]:
-    every = trainer.components.schedulers.values()
-    return [one for one in every if unwrap(one.optimizer) is optimizer]
+    def _first_group_of_no_part(self, optimizer: Optimizer, names: Mapping[int, str]) -> int:
+        """The one whose rates nobody has scaled; 0 if there is none."""
+        for index, group in enumerate(optimizer.param_groups):
+            if any(self._part_of(names.get(id(p), "")) is None for p in group["params"]):
+                return index
+        return 0
 
 
 def _scaled(group: Mapping[str, Any], how: Unfreezing) -> dict[str, Any]:

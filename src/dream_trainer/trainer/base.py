@@ -66,6 +66,7 @@ from dream_trainer.trainer.state import (
     gather_state,
     seed_rank,
 )
+from dream_trainer.world.wrappers import unwrap
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -251,6 +252,15 @@ class BaseTrainer(AbstractTrainer):
             ConfigError: a scheduler cannot step so.
         """
         return {name: Schedule.of(one) for name, one in (self.named_schedulers() or {}).items()}
+
+    def schedulers_of(self, optimizer: Optimizer) -> list[Any]:
+        """All schedulers that drive an optimizer, whoever steps them.
+
+        Args:
+            optimizer: as made or as wrapped.
+        """
+        every: Iterable[Any] = (self.named_schedulers() or {}).values()
+        return [one for one in every if unwrap(one.optimizer) is unwrap(optimizer)]
 
     def test_dataloader(self) -> Iterable[Any] | None:
         """Make the loader of `test`; called when it runs without one."""
