@@ -64,11 +64,15 @@ class EarlyStopping(Callback):
         self.stopping_threshold = stopping_threshold
         self.divergence_threshold = divergence_threshold
         self.check_finite = check_finite
-        self._forget()
+        self.best: float | None = None
+        self.waited = 0
+        self._last: float | None = None
+        self._reason: str | None = None
 
     def post_setup(self, trainer: BaseTrainer) -> None:
         """Ask for the value. Another trainer may have had this callback."""
-        self._forget()
+        self.best = self._last = self._reason = None
+        self.waited = 0
         trainer.monitored.watch(self.monitor)
 
     def pre_fit(self, trainer: BaseTrainer) -> None:
@@ -112,12 +116,6 @@ class EarlyStopping(Callback):
         """The inverse of `state_dict`."""
         self.best, self.waited = state_dict["best"], state_dict["waited"]
         self._last, self._reason = state_dict["last"], state_dict["reason"]
-
-    def _forget(self) -> None:
-        self.best: float | None = None
-        self.waited = 0
-        self._last: float | None = None
-        self._reason: str | None = None
 
     @property
     def _is_of_training(self) -> bool:
