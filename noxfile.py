@@ -105,6 +105,7 @@ def pictures(session: nox.Session) -> None:
 def interop(session: nox.Session) -> None:
     """Kill and resume every example, and runs with other libraries, all of them installed."""
     libraries = "datasets gymnasium mlflow-skinny optuna peft torchdata transformers wandb".split()
+    libraries += ["onnx", "onnxscript", "onnxruntime"]
     python = str(peers(session, INTEROP, *libraries))
     command = [python, "-m", "pytest", "-n", "auto", "--dist", "worksteal"]
     places = session.posargs or ["tests/interop", "tests/examples"]

@@ -30,7 +30,7 @@ LAYERS = (
     ("trainer.abstract",),  # and every other part that the trainers are made of
     ("loop",),
     ("callbacks",),
-    ("loggers", "checkpointing", "data", "coordination"),
+    ("loggers", "checkpointing", "data", "coordination", "predictions"),
     ("world",),
     ("storage",),
     ("configs", "progress", "accumulation", "metrics", "randomness", "schedules"),

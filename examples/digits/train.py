@@ -2,6 +2,8 @@
 
     python examples/digits/train.py fit    # train, or go on where it was
     python examples/digits/train.py fit --device_parameters.devices 2
+    python examples/digits/train.py predict --checkpoint best --output digits.pt
+    python examples/digits/train.py export-model --checkpoint best --output digits.pt2
     python examples/digits/train.py fit --help
 
 The run directory gets `curves.png` beside the metrics log and the checkpoints.
@@ -154,6 +156,16 @@ class DigitsTrainer(DreamTrainer):
             DataLoader(ShiftedDigits(images[train], labels[train]), shuffle=True, **options),
             DataLoader(TensorDataset(images[val], labels[val]), **options),
         )
+
+    def predict_dataloader(self) -> DataLoader:
+        return self.configure_dataloaders()[1]
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        odds = self.model(batch[0]).softmax(1)
+        return {"digit": odds.argmax(1), "sure": odds.amax(1), "label": batch[1]}
+
+    def export_example(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return batch[0]
 
     def compute_loss(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch

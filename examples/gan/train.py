@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from dream_trainer import (
+    EMA,
     Callback,
     CheckpointParameters,
     DreamCLI,
@@ -51,6 +52,8 @@ class GANConfig(DreamTrainerConfig):
     """Learning rate of the generator, at the beginning; it falls to zero."""
     discriminator_lr: float = 1e-3
     """Learning rate of the discriminator, at the beginning; it falls to zero."""
+    ema_decay: float = 0.98
+    """How much of the average of the generator's weights stays in a step."""
     real_target: float = 0.9
     """What the discriminator should say about a real image; below 1 it stays unsure of itself."""
 
@@ -145,12 +148,13 @@ class FrechetDistance(Metric):
 
 
 class Picture(Callback):
-    """Draws what the trained generator makes of latents that never change."""
+    """Draws what the averaged generator makes of latents that never change."""
 
     @torch.no_grad()
     def post_fit(self, trainer: GANTrainer) -> None:
         trainer.generator.eval()
-        images = trainer.generator(trainer.generator.picture_latents)
+        with trainer.callbacks["ema"].swapped(trainer):
+            images = trainer.generator(trainer.generator.picture_latents)
         trainer.generator.train()
         if trainer.world.is_global_zero:
             draw(images.float().cpu(), trainer)
@@ -176,6 +180,9 @@ class GANTrainer(DreamTrainer):
     config: GANConfig
 
     def __init__(self, config: GANConfig, **kwargs: object) -> None:
+        # Validation, picture and export --weights ema are of an average over the last steps.
+        average = EMA(config.ema_decay, warm_up=True, models=["generator"], average_buffers=True)
+        config.callbacks.setdefault("ema", average)
         config.callbacks.setdefault("picture", Picture())
         super().__init__(config, **kwargs)
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dream_trainer.callbacks import (
+        EMA,
+        SWA,
         Callback,
         CheckpointCallback,
         EarlyStopping,
@@ -18,11 +20,13 @@ if TYPE_CHECKING:
         Histograms,
         LearningRateMonitor,
         MetricLogger,
+        PredictionWriter,
         Profiler,
         ProgressBar,
         StepTimes,
         Unfreeze,
         Unfreezing,
+        WeightAveraging,
     )
     from dream_trainer.checkpointing import Checkpointer, export_checkpoint
     from dream_trainer.cli import Command, DreamCLI
@@ -49,6 +53,7 @@ if TYPE_CHECKING:
         LightningModuleTrainerConfig,
     )
     from dream_trainer.planning import RunPlan, plan_run
+    from dream_trainer.predictions import Predictions, read_predictions
     from dream_trainer.schedules import Schedule, warm_up
     from dream_trainer.trainer import (
         AbstractTrainer,
@@ -80,7 +85,11 @@ _HOMES = {
         "LearningRateMonitor",
         "MetricLogger",
         "Profiler",
+        "PredictionWriter",
         "ProgressBar",
+        "EMA",
+        "SWA",
+        "WeightAveraging",
         "StepTimes",
         "Unfreeze",
         "Unfreezing",
@@ -108,6 +117,7 @@ _HOMES = {
     "lightning_modules": ("LightningModuleTrainer", "LightningModuleTrainerConfig"),
     "planning": ("RunPlan", "plan_run"),
     "schedules": ("Schedule", "warm_up"),
+    "predictions": ("Predictions", "read_predictions"),
     "trainer": (
         "AbstractTrainer",
         "AbstractTrainerConfig",
@@ -128,6 +138,8 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "EMA",
+    "SWA",
     "AbstractTrainer",
     "AbstractTrainerConfig",
     "BaseTrainer",
@@ -158,6 +170,8 @@ __all__ = [
     "Link",
     "MeshStrategy",
     "MetricLogger",
+    "PredictionWriter",
+    "Predictions",
     "ProfiledRun",
     "Profiler",
     "ProgressBar",
@@ -171,6 +185,7 @@ __all__ = [
     "TrainingParameters",
     "Unfreeze",
     "Unfreezing",
+    "WeightAveraging",
     "benchmark",
     "export_checkpoint",
     "find_batch_size",
@@ -178,6 +193,7 @@ __all__ = [
     "find_learning_rate",
     "plan_run",
     "profile_run",
+    "read_predictions",
     "verify_resume",
     "warm_up",
 ]

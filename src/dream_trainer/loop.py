@@ -12,6 +12,7 @@ Each level of the drawing is a method:
 
 from __future__ import annotations
 
+import copy
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -45,6 +46,8 @@ class FitLoop:
         is_evaluating: whether a validation, test or prediction is under way.
         num_evaluation_batches: that it reads on this rank, for a display of progress; None if
             the loader cannot tell.
+        evaluation_loader: what it reads from; None between evaluations.
+        may_end: whether a signal may end an evaluation between two batches.
     """
 
     def __init__(
@@ -70,6 +73,8 @@ class FitLoop:
             trainer.training_parameters.val_batch_limit(val_loader.num_batches)
         self.is_evaluating = self._is_watching = False
         self.num_evaluation_batches: int | None = None
+        self.evaluation_loader: ResumableLoader | None = None
+        self.may_end = True
 
     def run(self) -> None:
         """Train until a limit is reached or `stop` was called.
@@ -318,7 +323,8 @@ class FitLoop:
         loader.rewind()
         trainer.place.enter("validation")
         pre_step, post_step = self._step_hooks(phase)
-        with self._evaluating(phase, loader, limit), closing(iter(loader)) as batches:
+        may_end = self._may_end_between_batches(phase)
+        with self.evaluating(phase, loader, limit), closing(iter(loader)) as batches:
             values = trainer.logged
             for batch_idx, batch in enumerate(itertools.islice(batches, limit)):
                 batch = trainer.batch_to_device(batch)
@@ -331,7 +337,7 @@ class FitLoop:
                 post_step(trainer, result, batch, batch_idx)
                 values.add_result(result, loader.num_samples, f"{phase}/")
                 values.resolve()
-                if phase != "sanity" and (phase != "val" or not self._validation_has_hooks):
+                if may_end:
                     self.check()
             parts = trainer.world.gather_data_parallel(totals([values.take()])[0])
             means, metrics = merge_ranks(parts), trainer.metrics.compute(phase)
@@ -343,29 +349,65 @@ class FitLoop:
                 )
             return means | metrics
 
-    def predict(self, loader: ResumableLoader) -> list[Any]:
+    def predict(self, loader: ResumableLoader, *, keep: bool = True) -> list[Any]:
         """What ``predict_step`` returns for each batch of this rank, in order.
+
+        Args:
+            loader: read from its beginning.
+            keep: False keeps nothing of it.
 
         Raises:
             Interrupted: after a batch, if Ctrl-C asked for it.
             Preempted: after a batch, if a scheduler's signal asked for it.
         """
-        trainer, results = self.trainer, []
-        callbacks = trainer.callbacks
+        trainer, results = self.trainer, list[Any]()
+        callbacks, may_end = trainer.callbacks, self._may_end_between_batches("predict")
         loader.rewind()
         callbacks.pre_predict_epoch(trainer)
-        with self._evaluating("predict", loader), closing(iter(loader)) as batches:
+        with self.evaluating("predict", loader), closing(iter(loader)) as batches:
             for batch_idx, batch in enumerate(batches):
                 batch = trainer.batch_to_device(batch)
                 callbacks.pre_predict_step(trainer, batch, batch_idx)
                 result = trainer.predict_step(batch, batch_idx)
                 if loader.num_samples != 0:
                     callbacks.post_predict_step(trainer, result, batch, batch_idx)
-                    results.append(result)
-                self.check()
+                    if keep:
+                        results.append(result)
+                result = None  # two batches of results would be in memory
+                if may_end:
+                    self.check()
             trainer.metrics.end("predict")
         callbacks.post_predict_epoch(trainer, results)
         return results
+
+    def read_training_data(self, step: Callable[..., None]) -> None:
+        """Take one epoch of the training data through a step, without a trace in the run.
+
+        As many batches as an epoch of the run has: data need not end by themselves.
+
+        Args:
+            step: called with each batch, its index, and ``is_filler``. What it logs and measures
+                is forgotten.
+
+        Raises:
+            Interrupted: after a batch, if Ctrl-C asked for it.
+            Preempted: after a batch, if a scheduler's signal asked for it.
+        """
+        trainer, loader = self.trainer, self.train_loader
+        position = copy.deepcopy(loader.state_dict())
+        loader.set_epoch(loader.epoch + 1)
+        num_steps = self._steps_of_epoch()
+        limit = None if num_steps is None else num_steps * self.window.size
+        try:
+            with self.evaluating("filler", loader), closing(iter(loader)) as batches:
+                trainer.metrics.enter("filler")
+                for batch_idx, batch in enumerate(itertools.islice(batches, limit)):
+                    batch = trainer.batch_to_device(batch)
+                    step(batch, batch_idx, is_filler=loader.num_samples == 0)
+                    trainer.logged.drop()
+                    self.check()
+        finally:
+            loader.load_state_dict(position)
 
     def _step_hooks(self, phase: str) -> tuple[Callable[..., None], Callable[..., None]]:
         callbacks = self.trainer.callbacks
@@ -375,19 +417,29 @@ class FitLoop:
             return callbacks.pre_test_step, callbacks.post_test_step
         return _no_hook, _no_hook
 
+    def _may_end_between_batches(self, phase: str) -> bool:
+        return (
+            self.may_end
+            and phase != "sanity"
+            and (phase != "val" or not self._validation_has_hooks)
+        )
+
     @property
     def _validation_has_hooks(self) -> bool:
-        """Whether it may have changed what `on_interrupt` would save.
-
-        Averaged weights, say, are put in their places before it, and taken out after it.
-        """
+        """Whether it may have changed what `on_interrupt` would save."""
         return self.trainer.is_fitting and self.trainer.has_validation_hooks
 
     @contextmanager
-    def _evaluating(
+    def evaluating(
         self, phase: str, loader: ResumableLoader, limit: int | None = None
     ) -> Iterator[None]:
-        """Without gradients, in eval mode, and without a trace in the run's random streams."""
+        """Without gradients, in eval mode, and without a trace in the run's random streams.
+
+        Args:
+            phase: whose metrics begin anew; it also names the streams.
+            loader: that is read, from where it stands.
+            limit: batches to read at most.
+        """
         trainer = self.trainer
         modules = [part for module in trainer.sync_modules for part in module.modules()]
         modes = [part.training for part in modules]
@@ -395,16 +447,20 @@ class FitLoop:
             module.eval()
         # Left among the step's, they would be written with the next one, and lost by a restart.
         logged, trainer.logged = trainer.logged, LoggedValues()
-        self.is_evaluating = True
+        self.is_evaluating, self.evaluation_loader = True, loader
         known = [number for number in (loader.num_batches, limit) if number is not None]
         self.num_evaluation_batches = min(known, default=None)
         try:
-            with all_preserved(), torch.no_grad():
+            with (
+                all_preserved(),
+                torch.no_grad(),
+                trainer.callbacks.evaluation(trainer, phase),
+            ):
                 seed_everything(derive(trainer.seed, phase, trainer.world.dp_rank))
                 trainer.metrics.reset(phase)
                 yield
         finally:
-            self.is_evaluating = False
+            self.is_evaluating, self.evaluation_loader = False, None
             trainer.logged = logged
             for part, mode in zip(modules, modes, strict=True):
                 part.training = mode

@@ -8,6 +8,8 @@ import pytest
 import torch
 from programs import TRAIN, run_command, run_script, write
 
+from dream_trainer import read_predictions
+
 pytestmark = pytest.mark.usefixtures("program")
 
 RUN = Path("runs/default/default/a")
@@ -36,8 +38,12 @@ def test_validate_test_and_predict_use_what_fit_has_saved() -> None:
     # The same points, so the same loss: test_step is validation_step.
     assert results["validate"] == results["test"]
     out = run("predict", "--experiment", "a", "--output", "out/predictions.pt")
-    assert "out/predictions.pt: 4 batches" in out
-    assert [tuple(one.shape) for one in torch.load("out/predictions.pt")] == [(4, 1)] * 4
+    assert "out/predictions.pt: 16 samples" in out
+    assert torch.load("out/predictions.pt").shape == (16, 1)
+    assert [path.name for path in Path("out").iterdir()] == ["predictions.pt"]
+    out = run("predict", "--experiment", "a", "--output", "out/folder")
+    assert "out/folder: 16 samples" in out
+    assert torch.equal(read_predictions("out/folder").together(), torch.load("out/predictions.pt"))
     assert sorted(path.name for path in (RUN / "checkpoints").iterdir()) == checkpoints
 
 
@@ -47,6 +53,69 @@ def test_predictions_are_not_written_over() -> None:
     assert done.status == 2
     assert "there.pt: is there already" in done.err
     assert Path("there.pt").read_text(encoding="utf-8") == "mine"
+
+
+def test_commands_work_on_the_checkpoint_that_they_are_told() -> None:
+    monitor = ["--checkpoint_parameters.monitor", "val/loss"]
+    rising = ["--checkpoint_parameters.mode", "max", "--experiment", "a"]
+    out = run("fit", *monitor, *rising, "--then", "test", "--checkpoint", "best")
+    checkpoints = RUN / "checkpoints"
+    best = (checkpoints / "best").readlink().name
+    newest = (checkpoints / "newest").readlink().name
+    assert best != newest
+    assert f"test on best: {best}, val/loss " in out
+    of_best = _of(out, "test/loss")
+    out = run("test", *monitor, *rising, "--checkpoint", "last")
+    assert _of(out, "test/loss") != of_best
+    out = run("validate", *monitor, *rising, "--checkpoint", str(checkpoints / best))
+    assert _of(out, "val/loss") == of_best  # the same points
+    out = run("predict", *monitor, *rising, "--checkpoint", newest, "--output", "p.pt")
+    assert f"predict on {newest}" in out
+    assert "p.pt: 16 samples" in out
+
+
+def _of(out: str, name: str) -> str:
+    (line,) = (one for one in out.splitlines() if one.startswith(f"{name} "))
+    return line.split()[1]
+
+
+def test_a_checkpoint_that_is_not_there_is_a_mistake_of_one_or_two_lines() -> None:
+    run("fit", "--experiment", "a")
+    told = {
+        ("test", "--checkpoint", "best"): "'best' is judged by checkpoint_parameters.monitor",
+        ("test", "--checkpoint", "bset"): "'bset' is neither 'best', 'last' nor a path; in runs",
+        ("fit", "--checkpoint", "best"): "--checkpoint says what --then follows on",
+        ("export-model",): "--output FILE is missing",
+    }
+    for words, text in told.items():
+        done = run_script("train.py", *words, "--experiment", "a")
+        assert (done.status, "Traceback" in done.err) == (2, False), done.err
+        assert text in done.err
+
+
+def test_a_model_is_exported_from_a_trainer_and_weights_from_a_checkpoint() -> None:
+    write(
+        "train.py",
+        TRAIN.replace(
+            "    def predict_step(",
+            "    def export_example(self, batch):\n        return batch[0]\n\n"
+            "    def predict_step(",
+        ),
+    )
+    run("fit", "--experiment", "a")
+    out = run("export-model", "--experiment", "a", "--output", "net.pt2", "--checkpoint", "last")
+    assert "export on last: step-00000008" in out
+    assert "net.pt2: " in out
+    run("predict", "--experiment", "a", "--output", "p.pt")
+    program = torch.export.load("net.pt2").module()
+    x = torch.rand(16, 2, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(program(x), torch.load("p.pt"))
+    words = ["export-model", "train.py:Trainer", "--experiment", "a", "--output", "net.pt"]
+    assert run_command(*words).status == 0
+    assert run_command("export", str(RUN), "weights.pt").status == 0
+    weights = [torch.load(name) for name in ("net.pt", "weights.pt")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_fit_may_be_followed_by_test_on_the_same_trainer() -> None:

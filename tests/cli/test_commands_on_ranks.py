@@ -1,4 +1,4 @@
-"""Subcommands on two ranks: rank 0 alone speaks, each writes what is its own."""
+"""Subcommands on two ranks: rank 0 alone speaks, and what they write is one."""
 
 from __future__ import annotations
 
@@ -14,26 +14,17 @@ RANKS = ["--device_parameters.devices", "2", "--device_parameters.strategy"]
 RUN = Path("runs/default/default/a")
 
 
-def test_each_rank_writes_its_predictions() -> None:
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_fork"])
+def test_predictions_of_ranks_are_one_file_in_the_order_of_the_data(strategy: str) -> None:
     # Each rank reads the configuration itself: a model that differed would not predict the same.
     words = ["predict", "--output", "out/p.pt", "--checkpoint_parameters.enable=false"]
-    done = run_script("train.py", *words, "--batch_size=2", *RANKS, "ddp")
+    done = run_script("train.py", *words, "--batch_size=3", *RANKS, strategy)
     assert done.status == 0, done.err
-    done = run_script("train.py", *words[:2], "whole.pt", *words[3:], "--batch_size=4")
+    assert done.out.count("out/p.pt: 16 samples") == 1
+    assert [path.name for path in Path("out").iterdir()] == ["p.pt"]
+    done = run_script("train.py", *words[:2], "whole.pt", *words[3:], "--batch_size=16")
     assert done.status == 0, done.err
-    parts = [torch.load(f"out/p.rank-{rank}.pt") for rank in range(2)]
-    assert [[tuple(one.shape) for one in part] for part in parts] == [[(2, 1)] * 4] * 2
-    # A batch of two of each rank is the two halves of a batch of four.
-    batches = [torch.cat(halves).tolist() for halves in zip(*parts, strict=True)]
-    assert batches == [one.tolist() for one in torch.load("whole.pt")]
-
-
-def test_a_strategy_that_starts_ranks_elsewhere_has_no_predictions_to_write() -> None:
-    done = run_script("train.py", "predict", "--output", "p.pt", *RANKS, "ddp_fork")
-    assert done.status == 2
-    assert "predict returns a part on each rank" in done.err
-    assert "Traceback" not in done.err
-    assert not Path("p.pt").exists()
+    assert torch.allclose(torch.load("out/p.pt"), torch.load("whole.pt"))
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_fork"])
@@ -48,6 +39,12 @@ def test_fit_and_what_follows_speak_once(strategy: str) -> None:
     (result,) = [one for one in lines if one.startswith("test/loss ")]
     alone = run_script("train.py", "test", "--experiment", "a", *switch)
     assert result in alone.out.splitlines()
+    monitor = ["--checkpoint_parameters.monitor", "val/loss"]
+    words = ["test", "--experiment", "a", "--checkpoint", "last", *switch, *monitor]
+    done = run_script("train.py", *words, *RANKS, strategy)
+    assert done.status == 0, done.err
+    assert done.out.count("test on last: step-") == 1
+    assert result in done.out.splitlines()
 
 
 def test_a_mistake_is_told_once() -> None:

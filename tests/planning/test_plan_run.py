@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.utils.data import DataLoader
 
-from dream_trainer import RunPlan, plan_run
+from dream_trainer import EMA, RunPlan, plan_run
 from dream_trainer.errors import ConfigError
 from dream_trainer.planning.holdings import TensorKind
 from dream_trainer.trainer import AbstractTrainerConfig, BaseTrainer
@@ -52,6 +52,25 @@ class Huge(TinyTrainer):
 def planned(kind: type[TinyTrainer], num_ranks: int, **options: Any) -> RunPlan:
     per_node = options.pop("ranks_per_node", 8)
     return plan_run(kind, tiny_config("runs", **options), num_ranks, ranks_per_node=per_node)
+
+
+def test_averages_are_held_and_saved_as_shards() -> None:
+    class Half(Huge):
+        def configure_models(self) -> None:
+            super().configure_models()
+            self.net.bfloat16()
+            self.net.head.requires_grad_(False)
+
+    options = {"dp_shard": 64, "dp_replicate": 1}
+    plain = planned(Half, 64, **options)
+    averaged = planned(Half, 64, **options, callbacks={"ema": EMA(models=["net"])})
+    whole = 192 * 4 * (1 << 32)  # float32, without the frozen head
+    assert plain.bytes_on(5)["averages"] == 0
+    assert averaged.bytes_on(5)["averages"] == whole // 64
+    assert plain.checkpoint_bytes is not None
+    assert averaged.checkpoint_bytes == plain.checkpoint_bytes + whole
+    assert "averages of weights" in str(averaged)
+    assert "averages of weights" not in str(plain)
 
 
 def refused(kind: type[TinyTrainer], num_ranks: int, **options: Any) -> str:

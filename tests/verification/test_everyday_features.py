@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from support import TinyTrainer, tiny_config
+from support import Points, TinyTrainer, tiny_config
+from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau
+from torch.utils.data import DataLoader
 
 from dream_trainer import (
+    EMA,
+    SWA,
     Callback,
     EarlyStopping,
     GarbageCollection,
@@ -54,6 +58,39 @@ class WithBoard(TinyTrainer):
         self.loggers["board"] = Board()
 
 
+class LooksAtBest(Callback):
+    """Tests the best checkpoint, and the live weights, at the end of every epoch but the first."""
+
+    def __init__(self) -> None:
+        self.results: list[float] = []
+
+    def post_epoch(self, trainer: Any) -> None:
+        if trainer.current_epoch:
+            points = DataLoader(Points(6, seed=7), batch_size=4)
+            for checkpoint in ("best", None):
+                self.results += trainer.test(points, checkpoint=checkpoint).values()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"results": list(self.results)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.results = list(state["results"])
+
+
+def looking_at_best() -> tuple[type[TinyTrainer], dict[str, Any]]:
+    monitored = {"monitor": "val/loss", "keep_top_k": 2}
+    return TinyTrainer, {"callbacks": {"tests": LooksAtBest()}, **monitored}
+
+
+class Normed(TinyTrainer):
+    """With batch norm, whose statistics are buffers."""
+
+    def configure_models(self) -> None:
+        self.net = nn.Sequential(
+            nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 1)
+        )
+
+
 class Diverges(TinyTrainer):
     def compute_loss(self, batch: Any, batch_idx: int) -> Any:
         loss = super().compute_loss(batch, batch_idx)
@@ -64,9 +101,21 @@ def skips_every_third_step() -> tuple[type[TinyTrainer], dict[str, Any]]:
     return Diverges, {"on_nonfinite": "skip"}
 
 
+def averages_exponentially() -> tuple[type[TinyTrainer], dict[str, Any]]:
+    ema = EMA(0.9, every_n_steps=2, start_step=2, warm_up=True, average_buffers=True)
+    return Normed, {"callbacks": {"ema": ema}}
+
+
+def averages_late_weights() -> tuple[type[TinyTrainer], dict[str, Any]]:
+    swa = SWA(start_epoch=1, every=1, learning_rate=0.01, anneal_steps=2)
+    return Normed, {"callbacks": {"swa": swa}}
+
+
 #: Feature -> (trainer class, options of `tiny_config`).
 FEATURES: dict[str, Callable[[], tuple[type[TinyTrainer], dict[str, Any]]]] = {
     "none": lambda: (TinyTrainer, {}),
+    "averages: EMA": averages_exponentially,
+    "averages: SWA": averages_late_weights,
     "on_nonfinite": skips_every_third_step,
     "garbage collection": lambda: (TinyTrainer, with_callback(GarbageCollection(every_n_steps=2))),
     "histograms": lambda: (WithBoard, with_callback(Histograms(2, parameters=True))),
@@ -114,6 +163,7 @@ FEATURES: dict[str, Callable[[], tuple[type[TinyTrainer], dict[str, Any]]]] = {
             "save_frozen": False,
         },
     ),
+    "tests on the best checkpoint in the middle": looking_at_best,
 }
 
 

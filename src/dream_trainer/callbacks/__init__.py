@@ -5,17 +5,23 @@ from dream_trainer.callbacks.callback import HOOKS, Callback
 from dream_trainer.callbacks.callback_list import CallbackList
 from dream_trainer.callbacks.checkpoint import CheckpointCallback
 from dream_trainer.callbacks.early_stopping import EarlyStopping
+from dream_trainer.callbacks.ema import EMA
 from dream_trainer.callbacks.garbage_collection import GarbageCollection
 from dream_trainer.callbacks.histograms import Histograms
 from dream_trainer.callbacks.learning_rate import LearningRateMonitor
 from dream_trainer.callbacks.metric_logger import MetricLogger
+from dream_trainer.callbacks.prediction_writer import PredictionWriter
 from dream_trainer.callbacks.profiler import Profiler
 from dream_trainer.callbacks.progress_bar import ProgressBar
 from dream_trainer.callbacks.step_times import StepTimes
+from dream_trainer.callbacks.swa import SWA
 from dream_trainer.callbacks.unfreezing import Unfreeze, Unfreezing
+from dream_trainer.callbacks.weight_averaging import WeightAveraging
 
 __all__ = [
+    "EMA",
     "HOOKS",
+    "SWA",
     "Callback",
     "CallbackList",
     "CheckpointCallback",
@@ -25,9 +31,11 @@ __all__ = [
     "Histograms",
     "LearningRateMonitor",
     "MetricLogger",
+    "PredictionWriter",
     "Profiler",
     "ProgressBar",
     "StepTimes",
     "Unfreeze",
     "Unfreezing",
+    "WeightAveraging",
 ]

@@ -19,7 +19,14 @@ class Callback:
     is plain data and tensors, the same on every rank.
 
     The methods below stand in the order in which a run calls them.
+
+    Attributes:
+        holds_weights: whether its state holds weights that evaluations use in place of the
+            models', an average for example. ``test(checkpoint=...)`` gives it the checkpoint's
+            for the time of the test, or an empty state if there is none.
     """
+
+    holds_weights = False
 
     def pre_launch(self, trainer: BaseTrainer) -> None:
         """Before the processes of the run exist; rank and size are not known yet."""

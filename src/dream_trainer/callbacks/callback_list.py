@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
 from dream_trainer.callbacks.callback import HOOKS, Callback
 from dream_trainer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dream_trainer.trainer.base import BaseTrainer
 
 
 class CallbackList(Callback):
@@ -75,6 +78,10 @@ class CallbackList(Callback):
         """Whether any callback has a hook of its own."""
         return bool(self._listeners[hook])
 
+    def holding_weights(self) -> dict[str, Any]:
+        """The callbacks, by name, whose state holds weights for evaluations."""
+        return {name: one for name, one in self._callbacks.items() if one.holds_weights}
+
     def preceded_by(self, name: str, callback: Callback) -> CallbackList:
         """The same callbacks, after another one."""
         return type(self)({name: callback, **self._callbacks}, self._foreign)
@@ -99,12 +106,34 @@ class CallbackList(Callback):
             if hasattr(one, "state_dict")
         }
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore the callbacks that have a state in ``state_dict``."""
+    def load_state_dict(self, state_dict: Mapping[str, Any], *, copies: bool = True) -> None:
+        """Restore the callbacks that have a state in ``state_dict``.
+
+        Args:
+            state_dict: what `state_dict` gave.
+            copies: False lets callbacks keep what they are given, and change it later.
+        """
         for name, one in self._callbacks.items():
             if name in state_dict and hasattr(one, "load_state_dict"):
-                # A copy: callbacks keep what they are given and change it later.
-                one.load_state_dict(copy.deepcopy(state_dict[name]))
+                state = state_dict[name]
+                one.load_state_dict(copy.deepcopy(state) if copies else state)
+
+    @contextmanager
+    def evaluation(self, trainer: BaseTrainer, phase: str) -> Iterator[None]:
+        """What callbacks put around the batches of an evaluation.
+
+        Those that have ``evaluation(trainer, phase)``, a context manager, are left again however
+        it ends: a state is never taken in between.
+
+        Args:
+            trainer: that evaluates.
+            phase: ``"val"``, ``"test"``, ``"predict"`` or ``"sanity"``.
+        """
+        with ExitStack() as stack:
+            for one in self._callbacks.values():
+                if (around := getattr(one, "evaluation", None)) is not None:
+                    stack.enter_context(around(trainer, phase))
+            yield
 
 
 def _dispatcher(listeners: list[Callable[..., None]]) -> Callable[..., None]:

@@ -60,6 +60,10 @@ class CheckpointCallback(Callback):
                 stacklevel=2,
             )
 
+    def save_again(self) -> None:
+        """The state has changed where it was saved already, at the end of a run."""
+        self._saved_at = None
+
     def on_boundary(self, trainer: BaseTrainer) -> None:
         """Save if a trigger is due."""
         if trainer.checkpointer.is_saving:

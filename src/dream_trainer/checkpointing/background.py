@@ -87,6 +87,10 @@ class BackgroundSave:
         """Whether it failed because the state changed while it was copied."""
         return self._staged.is_torn
 
+    def finish_copy(self) -> None:
+        """Return once what is copied may change, as the next step would wait for it."""
+        self._staged.release()
+
     def join(self) -> None:
         """Return when it is done; the next step still waits for its copy, which is then there."""
         self._thread.join()

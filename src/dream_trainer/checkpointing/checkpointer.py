@@ -132,6 +132,11 @@ class Checkpointer:
         """Whether a save was begun whose outcome is not reported."""
         return self._under_way is not None
 
+    def finish_copy(self) -> None:
+        """Return once weights may change by something else than a step of an optimizer."""
+        if self._under_way is not None:
+            self._under_way.finish_copy()
+
     def report(self, *, wait: bool = False) -> bool:
         """Warn if the last save failed.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,10 +15,17 @@ from torch import Tensor
 from dream_trainer.checkpointing.checkpointer import join_local
 from dream_trainer.checkpointing.lookup import whole_checkpoint
 from dream_trainer.checkpointing.store import StoredCheckpoint
-from dream_trainer.checkpointing.weight_names import state_dicts
+from dream_trainer.checkpointing.weight_names import averaged_places, state_dicts
 from dream_trainer.checkpointing.weights import import_safetensors
 from dream_trainer.errors import CheckpointError, ConfigError
-from dream_trainer.storage import Manifest, atomic_file, read_outline, read_parts, read_tree
+from dream_trainer.storage import (
+    Manifest,
+    TreePath,
+    atomic_file,
+    read_outline,
+    read_parts,
+    read_tree,
+)
 
 _TORCH = (".pt", ".pth")
 _LIGHTNING = ".ckpt"
@@ -30,6 +39,7 @@ def export_checkpoint(
     file: str | Path,
     *,
     model: str | None = None,
+    weights: str | None = None,
     whole_state: bool = False,
     overwrite: bool = False,
 ) -> Path:
@@ -49,6 +59,8 @@ def export_checkpoint(
         checkpoint: a checkpoint's directory, or that of a run, for its newest whole one.
         file: ends in ``.safetensors``, ``.pt``, ``.pth`` or ``.ckpt``.
         model: the one model to export, if there are several.
+        weights: name of the callback whose averages are written where it has some, ``"ema"`` for
+            example; in the types of the models' own weights.
         whole_state: export everything a run resumes from, as nested plain data and tensors;
             what differs between ranks is rank 0's. ``.pt`` and ``.pth`` only.
         overwrite: replace ``file`` if it exists.
@@ -62,7 +74,8 @@ def export_checkpoint(
             cannot be written, or safetensors is not installed.
     """
     target = Path(file)
-    _check_arguments(target, model, whole_state, overwrite)
+    if problems := _problems(target, model or weights, whole_state, overwrite):
+        raise ConfigError(str(target), problems)
     if target.suffix == _SAFETENSORS:
         import_safetensors(target)  # before the work
     stored = whole_checkpoint(Path(checkpoint))
@@ -70,24 +83,49 @@ def export_checkpoint(
     if whole_state:
         content = join_local(*read_tree(stored.path))
     else:
-        found = _read_models(stored, model)
+        found = _read_models(stored, model, weights)
         (content,) = found.values() if len(found) == 1 else (found,)
         if target.suffix == _LIGHTNING:
             content = _as_lightning_has_it(content, stored)
-    try:
-        with atomic_file(target) as beside:
-            if target.suffix == _SAFETENSORS:
-                _save_safetensors(beside, target, found, stored.manifest)
-            else:
-                # Given a path, torch would put the passing name of the file into it.
-                with beside.open("wb") as opened:
-                    torch.save(content, opened)
-    except OSError as error:
-        raise ConfigError(str(target), [f"cannot be written: {error}"]) from error
+    if target.suffix == _SAFETENSORS:
+        write_weights(target, found, _facts(stored.manifest, weights))
+    else:
+        _save(target, content)
     return target
 
 
-def _check_arguments(target: Path, model: str | None, whole_state: bool, overwrite: bool) -> None:
+def write_weights(target: Path, models: StateDicts, facts: Mapping[str, str]) -> None:
+    """Write state dicts in one of the forms of `export_checkpoint`.
+
+    Args:
+        target: ends in ``.safetensors``, ``.pt`` or ``.pth``.
+        models: state dict by name of the model.
+        facts: what a ``.safetensors`` says about itself.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    if target.suffix != _SAFETENSORS:
+        (content,) = models.values() if len(models) == 1 else (models,)
+        _save(target, content)
+        return
+    try:
+        with atomic_file(target) as beside:
+            _save_safetensors(beside, target, models, facts)
+    except OSError as error:
+        raise ConfigError(str(target), [f"cannot be written: {error}"]) from error
+
+
+def _save(target: Path, content: Any) -> None:
+    try:
+        # Given a path, torch would put the passing name of the file into it.
+        with atomic_file(target) as beside, beside.open("wb") as opened:
+            torch.save(content, opened)
+    except OSError as error:
+        raise ConfigError(str(target), [f"cannot be written: {error}"]) from error
+
+
+def _problems(target: Path, chosen: str | None, whole_state: bool, overwrite: bool) -> list[str]:
     problems = []
     if target.suffix not in (_SAFETENSORS, _LIGHTNING, *_TORCH):
         problems.append(f"ends in {target.suffix!r}, not in .safetensors, .pt, .pth or .ckpt")
@@ -95,23 +133,19 @@ def _check_arguments(target: Path, model: str | None, whole_state: bool, overwri
         problems.append("whole_state: Lightning resumes from its own checkpoints; choose .pt")
     if whole_state and target.suffix == _SAFETENSORS:
         problems.append("whole_state: a .safetensors file holds tensors alone; choose .pt")
-    if whole_state and model is not None:
-        problems.append("whole_state: it is that of all models; leave out model")
+    if whole_state and chosen is not None:
+        problems.append("whole_state: it is that of all models; leave out model and weights")
     if target.is_dir() or (target.exists() and not overwrite):
         problems.append(
             "is there already; choose another name, or overwrite it (overwrite=True, --overwrite)"
         )
-    if problems:
-        raise ConfigError(str(target), problems)
+    return problems
 
 
-def _read_models(stored: StoredCheckpoint, model: str | None) -> StateDicts:
+def _read_models(stored: StoredCheckpoint, model: str | None, weights: str | None) -> StateDicts:
     """State dicts by model; no other tensor of the checkpoint is read."""
-    places = {
-        ".".join(one.folder): one.places
-        for one in state_dicts(read_outline(stored.path))
-        if not one.loose
-    }
+    outline = read_outline(stored.path)
+    places = {".".join(one.folder): one.places for one in state_dicts(outline) if not one.loose}
     if not places:
         raise CheckpointError(str(stored.path), ["it holds no weights"])
     if model is not None and model not in places:
@@ -121,8 +155,21 @@ def _read_models(stored: StoredCheckpoint, model: str | None) -> StateDicts:
             f"There is: {', '.join(name or 'one without a name' for name in places)}.",
         )
     chosen = places if model is None else {model: places[model]}
-    parts = read_parts(stored.path, {p for own in chosen.values() for p in own.values()})
-    return {name: {key: parts[place] for key, place in own.items()} for name, own in chosen.items()}
+    averages: Mapping[TreePath, TreePath] = {}
+    if weights is not None:
+        averages = averaged_places(outline, weights, str(stored.path))
+        if not any(place in averages for own in chosen.values() for place in own.values()):
+            raise ConfigError(str(stored.path), [f"{weights} has no averages of {model}"])
+    wanted = {averages.get(place, place) for own in chosen.values() for place in own.values()}
+    parts = read_parts(stored.path, wanted)
+
+    def value(place: TreePath) -> Any:
+        if place not in averages:
+            return parts[place]
+        own = functools.reduce(operator.getitem, place, outline)
+        return parts[averages[place]].to(own.dtype)
+
+    return {name: {key: value(place) for key, place in own.items()} for name, own in chosen.items()}
 
 
 def _as_lightning_has_it(state: Mapping[str, Any], stored: StoredCheckpoint) -> dict[str, Any]:
@@ -140,7 +187,9 @@ def _as_lightning_has_it(state: Mapping[str, Any], stored: StoredCheckpoint) -> 
     }
 
 
-def _save_safetensors(beside: Path, target: Path, models: StateDicts, manifest: Manifest) -> None:
+def _save_safetensors(
+    beside: Path, target: Path, models: StateDicts, facts: Mapping[str, str]
+) -> None:
     values = {
         f"{model}.{name}" if len(models) > 1 else name: value
         for model, state in models.items()
@@ -156,18 +205,22 @@ def _save_safetensors(beside: Path, target: Path, models: StateDicts, manifest: 
     beside.touch()
     mode = beside.stat().st_mode
     tensors = {name: value for name, value in values.items() if name not in left_out}
-    import_safetensors(target).save_file(tensors, beside, metadata=_facts(models, manifest))
+    metadata = {
+        "format": "pt",  # Hugging Face's loader insists on it
+        "models": ",".join(models),
+        **facts,
+    }
+    import_safetensors(target).save_file(tensors, beside, metadata=metadata)
     # safetensors makes files that only their owner can read, whatever the umask says.
     beside.chmod(mode)
 
 
-def _facts(models: Mapping[str, Any], manifest: Manifest) -> dict[str, str]:
+def _facts(manifest: Manifest, weights: str | None) -> dict[str, str]:
     """What the file says about itself; safetensors knows words only."""
     return {
-        "format": "pt",  # Hugging Face's loader insists on it
         "step": str(manifest.step),
         "epoch": str(manifest.epoch),
         "saved_at": manifest.saved_at,
-        "models": ",".join(models),
+        **({} if weights is None else {"weights": weights}),
         **manifest.versions,
     }

@@ -46,6 +46,19 @@ def whole_checkpoint(place: Path) -> StoredCheckpoint:
         )
     if not paths:
         return verified(place)
+    return newest_whole(place, paths)
+
+
+def newest_whole(place: Path, paths: list[Path]) -> StoredCheckpoint:
+    """The newest of some checkpoints that is whole; those passed over are warned of.
+
+    Args:
+        place: where they are, for messages.
+        paths: oldest first; at least one.
+
+    Raises:
+        CheckpointError: none is whole.
+    """
     stored, damaged = _newest_whole(paths)
     if stored is None:
         raise CheckpointError(str(place), _problems(damaged), "None of its checkpoints is whole.")

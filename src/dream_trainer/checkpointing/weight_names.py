@@ -80,6 +80,37 @@ def _is_extra(key: str) -> bool:
     return key.rpartition(".")[2] == "_extra_state"
 
 
+def averaged_places(tree: Tree, name: str, source: str) -> dict[TreePath, TreePath]:
+    """Where a run's state has averages of weights: place of a weight -> place of its average.
+
+    Args:
+        tree: a run's state.
+        name: of the callback that averaged them.
+        source: what the tree was read from, for messages.
+
+    Raises:
+        ConfigError: it has none of that name.
+    """
+    callbacks = tree.get("callbacks") if isinstance(tree, Mapping) else None
+    found: dict[str, dict[TreePath, TreePath]] = {}
+    for callback, state in callbacks.items() if isinstance(callbacks, Mapping) else ():
+        models = state.get("models") if isinstance(state, Mapping) else None
+        places: dict[TreePath, TreePath] = {
+            ("models", model, key): ("callbacks", callback, "models", model, key)
+            for model, weights in (models.items() if isinstance(models, Mapping) else ())
+            for key in weights
+        }
+        if places:
+            found[callback] = places
+    if name not in found:
+        raise ConfigError(
+            source,
+            [f"it has no averages named {name!r}"],
+            f"There is: {', '.join(found) or 'none'}.",
+        )
+    return found[name]
+
+
 @dataclass(frozen=True)
 class Matched:
     """Which weights of a file go where."""

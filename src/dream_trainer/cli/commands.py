@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dream_trainer.cli.checkpoints import add_checkpoints_command
 from dream_trainer.cli.completion import add_completion_command
 from dream_trainer.cli.export import add_export_command
+from dream_trainer.cli.export_model import (
+    EXPORT_MODEL_HELP,
+    add_export_model_options,
+    check_export_model,
+    export_model,
+)
 from dream_trainer.cli.find_batch_size import (
     FIND_BATCH_SIZE_HELP,
     add_find_batch_size_options,
@@ -28,7 +33,9 @@ from dream_trainer.cli.inspection import (
     run_find_graph_breaks,
     run_profile,
 )
+from dream_trainer.cli.on_checkpoint import add_checkpoint, call_method
 from dream_trainer.cli.plan import PLAN_HELP, add_plan_options, plan, require_ranks
+from dream_trainer.cli.predict import add_predict_options, check_predict, predict
 from dream_trainer.cli.report import add_report_command
 from dream_trainer.cli.verify_resume import (
     VERIFY_RESUME_HELP,
@@ -61,65 +68,19 @@ class Command:
     check: Callable[[argparse.Namespace], object] | None = None
 
 
-def _method(name: str) -> Callable[[DreamCLI], Any]:
+def _evaluated(name: str) -> Callable[[DreamCLI], Any]:
+    """Run a method that evaluates, and print the results."""
+
     def run(cli: DreamCLI) -> Any:
-        method = getattr(cli.trainer, name, None)
-        if method is None:
-            raise ConfigError(name, [f"{type(cli.trainer).__name__} has no method of that name"])
-        return method()
-
-    return run
-
-
-def _print_results(method: Callable[[DreamCLI], Any]) -> Callable[[DreamCLI], Any]:
-    def run(cli: DreamCLI) -> Any:
-        results = method(cli)
+        results = call_method(cli, name)
         world = cli.trainer.world
         # Where ranks were started elsewhere, and have ended, this process alone is left to speak.
         tell = print if world.starts_functions else world.print
-        for name, value in results.items():
-            tell(f"{name} {value}")
+        for result, value in results.items():
+            tell(f"{result} {value}")
         return results
 
     return run
-
-
-def _predict(cli: DreamCLI) -> Any:
-    # Here, because `--help` needs none of it.
-    import torch
-
-    from dream_trainer.storage import atomic_file
-
-    path = _output_of_rank(cli)
-    predictions = _method("predict")(cli)
-    if path is not None:
-        with atomic_file(path) as beside:
-            torch.save(predictions, beside)
-        print(f"{path}: {len(predictions)} batches")
-    return predictions
-
-
-def _output_of_rank(cli: DreamCLI) -> Path | None:
-    """Where this rank writes; refused before anything is predicted."""
-    if cli.own.output is None:
-        return None
-    path, world = Path(cli.own.output), cli.trainer.world
-    if not world.starts_functions:  # such ranks have nothing to write: predict refuses them
-        world.launch()
-        if world.size > 1:
-            path = path.with_name(f"{path.stem}.rank-{world.rank}{path.suffix}")
-    if path.exists():
-        raise ConfigError(str(path), ["is there already"], "Choose another --output, or move it.")
-    return path
-
-
-def _add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--output",
-        metavar="FILE",
-        help="write the predictions there with torch.save, a list with an entry a batch; several "
-        "ranks write NAME.rank-N.pt of what was theirs",
-    )
 
 
 _THEN = ("validate", "test", "predict")
@@ -131,6 +92,7 @@ def _add_then(parser: argparse.ArgumentParser) -> None:
         choices=_THEN,
         help="what follows on the same trainer, unless it was interrupted",
     )
+    add_checkpoint(parser, "what --then follows on")
 
 
 def _fit(cli: DreamCLI) -> Any:
@@ -143,20 +105,41 @@ def _fit(cli: DreamCLI) -> Any:
     return cli.commands[cli.own.then].run(cli)
 
 
+def _check_then(own: argparse.Namespace) -> None:
+    if getattr(own, "checkpoint", None) is not None and own.then is None:
+        raise ConfigError(
+            "options",
+            ["--checkpoint says what --then follows on, and there is no --then"],
+            "To start from weights: --checkpoint_parameters.init_from. To continue from another "
+            "checkpoint: --checkpoint_parameters.resume.",
+        )
+
+
 COMMANDS: Mapping[str, Command] = {
-    "fit": Command("train; a run that was interrupted goes on where it stopped", _fit, _add_then),
+    "fit": Command(
+        "train; a run that was interrupted goes on where it stopped",
+        _fit,
+        _add_then,
+        check=_check_then,
+    ),
     "validate": Command(
         "validate once, on the state that fit would continue from",
-        _print_results(_method("validate")),
+        _evaluated("validate"),
+        add_checkpoint,
     ),
     "test": Command(
         "run test_step over test_dataloader, on the state that fit would continue from",
-        _print_results(_method("test")),
+        _evaluated("test"),
+        add_checkpoint,
     ),
     "predict": Command(
         "run predict_step over predict_dataloader, on the state that fit would continue from",
-        _predict,
-        _add_output,
+        predict,
+        add_predict_options,
+        check=check_predict,
+    ),
+    "export-model": Command(
+        EXPORT_MODEL_HELP, export_model, add_export_model_options, check=check_export_model
     ),
     "verify-resume": Command(
         VERIFY_RESUME_HELP, run_verify_resume, add_verify_resume_options, makes_trainer=False

@@ -20,6 +20,11 @@ def add_export_command(
     parser.add_argument("file", metavar="FILE", help="ends in .safetensors, .pt, .pth or .ckpt")
     parser.add_argument("--model", help="the one model to export, if there are several")
     parser.add_argument(
+        "--weights",
+        metavar="NAME",
+        help="write the averages of this callback, ema for example, where it has some",
+    )
+    parser.add_argument(
         "--whole_state", action="store_true", help="everything a run resumes from; .pt only"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
@@ -38,6 +43,7 @@ def export(given: argparse.Namespace) -> None:
         given.checkpoint,
         given.file,
         model=given.model,
+        weights=given.weights,
         whole_state=given.whole_state,
         overwrite=given.overwrite,
     )

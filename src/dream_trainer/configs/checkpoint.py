@@ -56,6 +56,9 @@ class CheckpointParameters:
     init_from: str | None = None
     """Where a fresh run takes its model weights from: a checkpoint or a run's directory of ours,
     a file of ``fabric.save`` or ``torch.save``, a Lightning ``.ckpt``, or ``.safetensors``."""
+    init_from_average: str | None = None
+    """Name of the callback whose averages are taken from the run in ``init_from``, ``"ema"`` for
+    example, instead of the model's own weights; what it did not average is the model's."""
     init_rename: dict[str, str | int | None] = field(default_factory=dict)
     """Beginnings of names in ``init_from`` and what stands there here; null leaves a part out."""
     init_strict: bool = True
@@ -80,6 +83,8 @@ class CheckpointParameters:
         ]
         if self.init_rename and self.init_from is None:
             problems.append("init_rename is set and init_from is not: there is nothing to rename")
+        if self.init_from_average is not None and self.init_from is None:
+            problems.append("init_from_average is set and init_from is not")
         problems += [
             f"init_rename: {old!r}: {new!r} is neither a name nor null"
             for old, new in self.init_rename.items()

@@ -52,6 +52,9 @@ class MapStyleReader(Reader):
     def num_samples_ahead(self, epoch: int, position: int, num_batches: int) -> list[int]:
         return self._plan.num_samples_ahead(epoch, position, num_batches)
 
+    def samples(self, units: Sequence[Any]) -> list[Any]:
+        return [one for unit in units for one in unit] if self._plan.deals_batches else list(units)
+
     def close(self) -> None:
         loader, self._torch_loader = self._torch_loader, None
         if loader is not None:
@@ -87,6 +90,7 @@ class MapStyleReader(Reader):
                     num_samples=share.num_samples,
                     num_samples_all_ranks=share.num_samples_all_ranks,
                     is_last=left == 0,
+                    units=share.units,
                 )
         except Exception:
             # As long as the traceback lives it would keep the worker processes alive.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dream_trainer.data.sampling import Place
@@ -18,6 +18,8 @@ class HandedOut(NamedTuple):
     num_samples: int | None
     num_samples_all_ranks: int | None
     is_last: bool | None
+    units: Sequence[Any] = ()
+    """What of the order was read for it; see `Reader.samples`."""
 
 
 class Reader(ABC):
@@ -57,6 +59,10 @@ class Reader(ABC):
 
     def rewind(self) -> None:  # noqa: B027
         """The first epoch is to be read again, as if nothing had been read."""
+
+    def samples(self, units: Sequence[Any]) -> list[Any] | None:
+        """What the data set was asked for, sample by sample; None if the loader cannot tell."""
+        return None
 
     def close(self) -> None:  # noqa: B027 - iterables end their workers with each epoch
         """End worker processes that persist."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from types import GeneratorType
@@ -71,6 +71,7 @@ class ResumableLoader:
         self._place = Place(seed=seed or 0)
         self._position = 0
         self._repeats = False
+        self._units: Sequence[Any] = ()
         self._reader: Reader = (
             MapStyleReader(loader, seed_samples=seed_samples)
             if is_map_style
@@ -140,6 +141,21 @@ class ResumableLoader:
         return getattr(self.loader, "dataset", None)
 
     @property
+    def gives_batches(self) -> bool:
+        """Whether what is handed out is a batch; a data set may be read sample by sample."""
+        is_loader = isinstance(self.loader, DataLoader)
+        is_single = is_loader and batch_sampler_of(self.loader) is None
+        return not is_single or isinstance(self.dataset, IterableDataset)
+
+    @property
+    def sample_indices(self) -> list[Any] | None:
+        """Of the last batch on this rank, the indices in the data set of the samples that count.
+
+        What a sampler gives need not be an integer. None if the loader cannot tell.
+        """
+        return [] if self.num_samples == 0 else self._reader.samples(self._units)
+
+    @property
     def num_batches(self) -> int | None:
         """Batches of a whole epoch on this rank; None if the loader cannot tell."""
         return self._reader.num_batches(self._read_as(self.epoch))
@@ -196,10 +212,11 @@ class ResumableLoader:
         with closing(
             reader.read(epoch, self._position, looks_ahead=self.looks_ahead)
         ) as handed_out:
-            for batch, advance, self.num_samples, num_samples_all_ranks, is_last in handed_out:
-                self._position += advance
-                self.num_samples_all_ranks, self.is_last = num_samples_all_ranks, is_last
-                yield batch
+            for handed in handed_out:
+                self.num_samples, self.num_samples_all_ranks = handed[2:4]
+                self.is_last, self._units = handed[4:]
+                self._position += handed.advance
+                yield handed.batch
         self._start_epoch(self.epoch + 1)
 
     def state_dict(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -107,22 +108,32 @@ class LightningModuleTrainer(BaseTrainer):
         with self._running("fit"):
             super().fit()
 
-    def validate(self) -> dict[str, float]:
+    def validate(self, checkpoint: str | Path | None = None) -> dict[str, float]:
         """Validate once; see `BaseTrainer.validate`."""
         with self._running("validate"):
-            return super().validate()
+            return super().validate(checkpoint)
 
-    def test(self, dataloader: Iterable[Any] | None = None) -> dict[str, float]:
+    def test(
+        self, dataloader: Iterable[Any] | None = None, *, checkpoint: str | Path | None = None
+    ) -> dict[str, float]:
         """Run ``test_step``; see `BaseTrainer.test`."""
         if "test_step" not in self._own:
             raise ConfigError(type(self.module).__name__, ["test_step is not written"])
         with self._running("test"):
-            return super().test(dataloader)
+            return super().test(dataloader, checkpoint=checkpoint)
 
-    def predict(self, dataloader: Iterable[Any] | None = None) -> list[Any]:
+    def predict(
+        self,
+        dataloader: Iterable[Any] | None = None,
+        *,
+        checkpoint: str | Path | None = None,
+        return_predictions: bool = True,
+    ) -> list[Any]:
         """Run ``predict_step``; see `BaseTrainer.predict`."""
         with self._running("predict"):
-            return super().predict(dataloader)
+            return super().predict(
+                dataloader, checkpoint=checkpoint, return_predictions=return_predictions
+            )
 
     @contextmanager
     def _running(self, stage: str) -> Iterator[None]:
@@ -307,6 +318,11 @@ class LightningModuleTrainer(BaseTrainer):
         outputs = self._called(self._wrapped, f"{kind}_step", batch, batch_idx)
         self.call(f"on_{kind}_batch_end", outputs, batch, batch_idx)
         return outputs
+
+    def export_example(self, batch: Any) -> Any:
+        """The module's ``example_input_array``."""
+        example = getattr(self.module, "example_input_array", None)
+        return super().export_example(batch) if example is None else example
 
     def batch_to_device(self, batch: Any) -> Any:
         """With the module's, or data module's, own transfer hooks."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
+from dream_trainer.callbacks import WeightAveraging
 from dream_trainer.planning.holdings import (
     Counts,
     TensorKind,
@@ -84,6 +85,8 @@ class MemoryPlan:
     """In the order of ``named_models``."""
     optimizers: tuple[OptimizerPlan, ...]
     """In the order of ``named_optimizers``."""
+    averages: Counts
+    """Averages of weights that callbacks keep."""
     gradients: Counts
     """When a step is taken."""
     window_gradients: Counts
@@ -108,6 +111,7 @@ class MemoryPlan:
             "gradients": of(self.gradients),
             "optimizer_state": sum(map(of, known)) if len(known) == len(states) else None,
             "buffers": sum(of(model.buffers) for model in self.models),
+            "averages": of(self.averages),
             "window_gradients": of(self.window_gradients),
             "checkpoint": None if self.saved is None else of(self._written(rank)),
             "gathered": max(
@@ -191,12 +195,14 @@ def measure(
         _all_kinds({n: t for n, t in module_state(model).items() if n in _buffer_names(model)})
         for model in models.values()
     ]
+    averages = _averages(trainer, components)
     return MemoryPlan(
         models=tuple(plans),
         optimizers=optimizers,
+        averages=averages,
         gradients=count_kinds(trained),
         window_gradients=add_counts(waiting) if is_accumulating else {},
-        saved=add_counts([*saved, *states]) if len(states) == len(optimizers) else None,
+        saved=add_counts([*saved, *states, averages]) if len(states) == len(optimizers) else None,
         rank_buffers=add_counts(persistent) if layout.num_ranks > 1 else {},
     )
 
@@ -226,6 +232,16 @@ def _model_plan(
         buffers=count_kinds(model.buffers()),
         gathered=max(parts, key=lambda part: part[1], default=None),
         empty=tuple(sorted(empty, key=lambda one: -one.ranks)),
+    )
+
+
+def _averages(trainer: BaseTrainer, components: Components) -> Counts:
+    callbacks = (trainer.callbacks[name] for name in trainer.callbacks)
+    return add_counts(
+        {replace(TensorKind.of(weight), itemsize=dtype.itemsize): 1}
+        for one in callbacks
+        if isinstance(one, WeightAveraging)
+        for weight, dtype in one.planned(components.models, components.optimizers)
     )
 
 

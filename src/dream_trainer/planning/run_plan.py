@@ -39,11 +39,11 @@ class RunPlan:
         """Bytes that a rank holds.
 
         Returns:
-            ``"parameters"``, ``"gradients"``, ``"optimizer_state"`` and ``"buffers"``; for a while
-            only ``"gathered"`` (the largest part that FSDP gathers at once) and
-            ``"window_gradients"`` (of an accumulation window under FSDP, before they are added up
-            over the ranks); and ``"checkpoint"``, what it writes of one, at most: of equal parts
-            one rank's is written. None is not known.
+            ``"parameters"``, ``"gradients"``, ``"optimizer_state"``, ``"buffers"`` and
+            ``"averages"`` (of weights, by `EMA` or `SWA`); for a while only ``"gathered"`` (the
+            largest part that FSDP gathers at once) and ``"window_gradients"`` (of an accumulation
+            window under FSDP, before they are added up over the ranks); and ``"checkpoint"``, what
+            it writes of one, at most: of equal parts one rank's is written. None is not known.
 
         Raises:
             IndexError: there is no such rank.
@@ -56,7 +56,7 @@ class RunPlan:
     def checkpoint_bytes(self) -> int | None:
         """Bytes of the tensors in a checkpoint; None if an optimizer's state is not known.
 
-        State that callbacks keep, averaged weights for example, comes on top.
+        State that callbacks keep comes on top, except for averages of weights.
         """
         return self.memory.checkpoint_bytes(self.layout)
 

@@ -94,6 +94,8 @@ def _memory(plan: RunPlan) -> Table:
         "optimizer_state": f"optimizer state ({kinds or 'no optimizer'})",
         "buffers": "buffers",
     }
+    if plan.memory.averages:
+        rows["averages"] = "averages of weights"
     for key, words in rows.items():
         table.add_row(words, *(size(one[key]) for one in held))
     totals = [_sum([one[key] for key in rows]) for one in held]

@@ -192,9 +192,19 @@ def _outline(reader: _SafeReader, metadata: Metadata, prefix: str) -> Tree:
 
 
 def read_parts(
-    directory: Path, places: Collection[TreePath], like: Like | None = None
+    directory: Path,
+    places: Collection[TreePath],
+    like: Like | None = None,
+    *,
+    rank: int | None = None,
 ) -> dict[TreePath, Tree]:
-    """What is at some places of the shared part; the tensors elsewhere are not read.
+    """What is at some places; the tensors elsewhere are not read.
+
+    Args:
+        directory: the checkpoint.
+        places: of the shared part, or of that of a rank.
+        like: templates for device and sharding.
+        rank: whose part to read; None for the shared one.
 
     Raises:
         CheckpointError: as `read_tree`.
@@ -202,7 +212,8 @@ def read_parts(
     """
     wanted = set(places)
     with _opened(directory) as (reader, metadata):
-        skeleton, paths = _plain_part(reader, metadata, "")
+        prefix = "" if rank is None else f"__rank_{rank}__"
+        skeleton, paths = _plain_part(reader, metadata, prefix)
         chosen = {
             name: path
             for name, path in paths.items()

@@ -6,7 +6,8 @@ import copy
 import itertools
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
@@ -36,7 +37,7 @@ from dream_trainer.schedules import Schedule
 from dream_trainer.storage.run_lock import RunLock
 from dream_trainer.trainer.abstract import AbstractTrainer, AbstractTrainerConfig
 from dream_trainer.trainer.closing import close
-from dream_trainer.trainer.components import Components, find_module
+from dream_trainer.trainer.components import Components, copy_of_unsharded, find_module
 from dream_trainer.trainer.frozen_weights import FrozenWeights
 from dream_trainer.trainer.loaders import (
     accumulation_scheduler,
@@ -56,7 +57,7 @@ from dream_trainer.trainer.run_directory import (
     recorded_or_new_seed,
 )
 from dream_trainer.trainer.run_streams import RunStreams
-from dream_trainer.trainer.running import running
+from dream_trainer.trainer.running import evaluating_inside, running
 from dream_trainer.trainer.scheduler_steps import SchedulerSteps
 from dream_trainer.trainer.state import (
     OwnState,
@@ -270,6 +271,26 @@ class BaseTrainer(AbstractTrainer):
         """Make the loader of `predict`; called when it runs without one."""
         return None
 
+    def export_example(self, batch: Any) -> Any:
+        """What the model is called with for a batch, for `export`; write it to export programs.
+
+        Returns:
+            One argument, a tuple of arguments, or a mapping of arguments by name.
+        """
+        raise ConfigError(
+            type(self).__name__,
+            ["export runs the model on an example, and export_example does not say on which"],
+            "Write it: def export_example(self, batch): return batch[0]; or pass export(example=).",
+        )
+
+    def unplaced_model(self, name: str) -> nn.Module:
+        """A copy of a model as on one device, in host memory, for `export`; weights come later.
+
+        Raises:
+            ConfigError: it is sharded, and only its author can make it anew.
+        """
+        return copy_of_unsharded(self.components.models[name], name)
+
     # ------------------------------------------------------------------ what users call
 
     def fit(self) -> None:
@@ -319,66 +340,130 @@ class BaseTrainer(AbstractTrainer):
             self.checkpointer.wait()
         self._say_end()
 
-    def validate(self) -> dict[str, float]:
+    def validate(self, checkpoint: str | Path | None = None) -> dict[str, float]:
         """Validate once, on the state that `fit` would continue from.
+
+        Args:
+            checkpoint: validate on its weights instead, and put the trainer's own back: ``"best"``,
+                ``"last"``, the name of one of the run's checkpoints, or a path in one of the forms
+                of ``init_from``. Costs host memory for a copy of this rank's weights.
 
         Returns:
             The results, the same on every rank.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged.
+            ConfigError: there is no such checkpoint, or no loader.
+            StateError: the checkpoint is of another model.
         """
         if self.world.starts_functions:
-            return cast("dict[str, float]", run_on_ranks(self, "validate").result)
-        with running(self):
-            self.prepare()
-            self._restore()
-            if not (self.is_resumed or self.progress.num_batches):
+            outcome = run_on_ranks(self, "validate", checkpoint=checkpoint)
+            return cast("dict[str, float]", outcome.result)
+        with self._evaluation("validate", checkpoint):
+            if checkpoint is None and not (self.is_resumed or self.progress.num_batches):
                 self.world.print(f"no checkpoint in {self.run_directory}: these are fresh weights")
             if self.loop.val_loader is None:
                 raise ConfigError("validate", ["val_dataloader is None"], "Return one.")
             return self.loop.validate()
 
-    def test(self, dataloader: Iterable[Any] | None = None) -> dict[str, float]:
+    def test(
+        self, dataloader: Iterable[Any] | None = None, *, checkpoint: str | Path | None = None
+    ) -> dict[str, float]:
         """Run ``test_step`` over a loader.
 
         Args:
             dataloader: instead of `test_dataloader`.
+            checkpoint: test on its weights, as in `validate`.
 
         Returns:
             The results, the same on every rank.
 
         Raises:
-            ConfigError: there is no loader.
+            ConfigError: there is no loader, or no such checkpoint.
         """
         if self.world.starts_functions:
-            return cast("dict[str, float]", run_on_ranks(self, "test", dataloader).result)
-        with running(self):
-            self.prepare()
-            self._restore()
+            outcome = run_on_ranks(self, "test", dataloader, checkpoint=checkpoint)
+            return cast("dict[str, float]", outcome.result)
+        with self._evaluation("test", checkpoint):
             loader = self._adopt(self._loader_of(dataloader, "test"), "test")
             return self.loop.test(loader)
 
-    def predict(self, dataloader: Iterable[Any] | None = None) -> list[Any]:
+    def predict(
+        self,
+        dataloader: Iterable[Any] | None = None,
+        *,
+        checkpoint: str | Path | None = None,
+        return_predictions: bool = True,
+    ) -> list[Any]:
         """Run ``predict_step`` over a loader.
 
         Args:
             dataloader: instead of `predict_dataloader`.
+            checkpoint: predict with its weights, as in `validate`.
+            return_predictions: False keeps nothing of what it returns, which a
+                `PredictionWriter` has written.
 
         Returns:
             What it returned for each batch of this rank, in order.
 
         Raises:
-            ConfigError: there is no loader.
+            ConfigError: there is no loader, or no such checkpoint.
         """
         if self.world.starts_functions:
-            raise ConfigError(
-                "device_parameters",
-                ["predict returns a part on each rank, and this strategy starts them elsewhere"],
-                "Predict with devices=1.",
+            if return_predictions:
+                raise ConfigError(
+                    "device_parameters",
+                    ["predict returns a part on each rank; this strategy starts them elsewhere"],
+                    "Predict with devices=1, or with a PredictionWriter and "
+                    "return_predictions=False.",
+                )
+            options = {"checkpoint": checkpoint, "return_predictions": False}
+            run_on_ranks(self, "predict", dataloader, **options)
+            return []
+        with self._evaluation("predict", checkpoint):
+            loader = self._adopt(self._loader_of(dataloader, "predict"), "predict")
+            return self.loop.predict(loader, keep=return_predictions)
+
+    def export(
+        self,
+        path: str | Path,
+        *,
+        checkpoint: str | Path | None = None,
+        model: str | None = None,
+        example: Any = None,
+        overwrite: bool = False,
+    ) -> Path:
+        """Write a model to one file; the ending says how.
+
+        ``.pt2`` is a program of ``torch.export``, ``.onnx`` one for other runtimes: in eval mode,
+        for any batch size, and checked on the example before the file appears. ``.safetensors``,
+        ``.pt`` and ``.pth`` are weights, as those of `export_checkpoint`, which needs no trainer.
+        Sharded weights are gathered, and rank 0 writes.
+
+        Args:
+            path: of the file.
+            checkpoint: whose weights, as in `validate`.
+            model: the one model to export, if there are several.
+            example: what the model is called with, of at least two samples, as `export_example`
+                returns it; None asks that for a batch of the validation loader.
+            overwrite: replace the file if it exists.
+
+        Returns:
+            The path.
+
+        Raises:
+            ConfigError: the model cannot be exported, or the program computes something else.
+        """
+        options = {"model": model, "example": example, "overwrite": overwrite}
+        if self.world.starts_functions:
+            return cast(
+                "Path", run_on_ranks(self, "export", path, checkpoint=checkpoint, **options).result
             )
-        with running(self):
-            self.prepare()
-            self._restore()
-            loader = self._loader_of(dataloader, "predict")
-            return self.loop.predict(self._adopt(loader, "predict"))
+        # Only for those who ask for it.
+        from dream_trainer.trainer.export import export
+
+        with self._evaluation("export", checkpoint):
+            return export(self, Path(path), **options)
 
     def backward(self, loss: Tensor, weight: Weight | None = None) -> None:
         """Backward pass, scaled so that the step's gradient is a mean over its window.
@@ -700,6 +785,21 @@ class BaseTrainer(AbstractTrainer):
             self.place.enter("restore")
             restore(self, read_only=read_only)
             self._is_restored = True
+
+    @contextmanager
+    def _evaluation(self, purpose: str, checkpoint: str | Path | None) -> Iterator[None]:
+        """What surrounds a validation, test or prediction that somebody asks for."""
+        with evaluating_inside(self) if self.is_running else running(self):
+            self.prepare()
+            if checkpoint is None:
+                self._restore()
+                yield
+            else:
+                # Only for those who ask for it.
+                from dream_trainer.trainer.on_checkpoint import weights_of
+
+                with weights_of(self, checkpoint, purpose):
+                    yield
 
     def _adopt(self, loader: Any, name: str) -> ResumableLoader:
         parameters = self.training_parameters

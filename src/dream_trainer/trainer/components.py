@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dream_trainer.errors import UnknownComponentError
+from dream_trainer.errors import ConfigError, UnknownComponentError
 from dream_trainer.schedules import load_scheduler_state
 from dream_trainer.world.component_state import (
     load_module_state,
@@ -25,6 +25,7 @@ from dream_trainer.world.component_state import (
     parameters_of,
     state_template,
 )
+from dream_trainer.world.sharded import is_dtensor
 from dream_trainer.world.wrappers import unwrap
 
 if TYPE_CHECKING:
@@ -63,13 +64,18 @@ class Components:
         """State by component name, then by parameter name. Tensors are not copied."""
         names = parameter_names(self.models)
         return {
-            "models": {name: module_state(model) for name, model in self.models.items()},
+            "models": self.model_states(),
             "optimizers": {
                 name: optimizer_state(optimizer, names)
                 for name, optimizer in self.optimizers.items()
             },
             "schedulers": {name: one.state_dict() for name, one in self.schedulers.items()},
         }
+
+    def model_states(self) -> dict[str, dict[str, Any]]:
+        """State of the models by name, then by parameter name. Tensors are not copied."""
+        parameter_names(self.models)  # gathered parameters become shards again
+        return {name: module_state(model) for name, model in self.models.items()}
 
     def problems(
         self,
@@ -153,6 +159,21 @@ def find_module(models: Mapping[str, nn.Module], fqn: str) -> nn.Module:
             )
         module, walked = children[part], f"{walked}.{part}"
     return module
+
+
+def copy_of_unsharded(model: nn.Module, name: str) -> nn.Module:
+    """A copy of a model in host memory.
+
+    Raises:
+        ConfigError: it is sharded or split; a copy of it would be, too.
+    """
+    if any(is_dtensor(parameter) for parameter in model.parameters()):
+        raise ConfigError(
+            name,
+            ["it is sharded, and cannot be made whole again"],
+            "Export on one process: any checkpoint loads with devices=1.",
+        )
+    return copy.deepcopy(model).cpu()
 
 
 def trained_alone(

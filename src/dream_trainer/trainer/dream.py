@@ -18,9 +18,11 @@ from dream_trainer.data import ResumableLoader
 from dream_trainer.errors import ConfigError
 from dream_trainer.schedules import Schedule
 from dream_trainer.trainer.base import BaseTrainer, BaseTrainerConfig
+from dream_trainer.trainer.components import copy_of_unsharded
 from dream_trainer.trainer.metric_states import is_metric
 from dream_trainer.world.blocks import blocks_of, shard_blocks
 from dream_trainer.world.component_state import parameter_names, parameters_of
+from dream_trainer.world.sharded import is_dtensor
 
 
 @dataclass(kw_only=True)
@@ -278,6 +280,17 @@ class DreamTrainer(BaseTrainer):
     def sync_modules(self) -> Sequence[nn.Module]:
         """The wrapped models."""
         return list(self._wrapped_models.values())
+
+    def unplaced_model(self, name: str) -> nn.Module:
+        """A copy, or, if it is sharded, what ``configure_models`` makes."""
+        if not any(is_dtensor(one) for one in self._models[name].parameters()):
+            return super().unplaced_model(name)
+        # Attributes that it assigns are to be the twin's.
+        twin = object.__new__(type(self))
+        vars(twin).update(vars(self))
+        twin.configure_models()
+        made: nn.Module = getattr(twin, name)
+        return copy_of_unsharded(made, name)
 
     # ------------------------------------------------------------------ inside
 

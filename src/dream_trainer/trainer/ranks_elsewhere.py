@@ -19,6 +19,9 @@ from dream_trainer.errors import ConfigError, ProblemsError
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
 
+#: Name of a method, and its arguments without and with names.
+_Call = tuple[str, tuple[Any, ...], dict[str, Any]]
+
 
 @dataclass
 class Outcome:
@@ -34,7 +37,7 @@ class Outcome:
     """What else a trainer shows after a run."""
 
 
-def run_on_ranks(trainer: BaseTrainer, method: str, *arguments: Any) -> Outcome:
+def run_on_ranks(trainer: BaseTrainer, method: str, *arguments: Any, **options: Any) -> Outcome:
     """Call a method of the trainer on all of its ranks, in processes of their own.
 
     Raises:
@@ -42,11 +45,12 @@ def run_on_ranks(trainer: BaseTrainer, method: str, *arguments: Any) -> Outcome:
         ProblemsError: rank 0 raised it.
         RuntimeError: a rank failed otherwise; with its traceback.
     """
-    _check_pickles(trainer, arguments)
+    call = (method, arguments, options)
+    _check_pickles(trainer, call)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "outcome")
         try:
-            trainer.world.start(_on_rank, trainer, method, arguments, path)
+            trainer.world.start(_on_rank, trainer, call, path)
         except ProcessRaisedException as error:
             known = _read(path).error if path.exists() else None
             if known is None:
@@ -78,10 +82,11 @@ def bring_back(trainer: BaseTrainer, outcome: Outcome) -> None:
     trainer.validation_results = outcome.attributes["validation_results"]
 
 
-def _on_rank(trainer: BaseTrainer, method: str, arguments: tuple[Any, ...], path: Path) -> None:
+def _on_rank(trainer: BaseTrainer, call: _Call, path: Path) -> None:
     outcome = Outcome()
+    method, arguments, options = call
     try:
-        outcome.result = getattr(trainer, method)(*arguments)
+        outcome.result = getattr(trainer, method)(*arguments, **options)
     except ProblemsError as error:
         if trainer.world.is_global_zero:
             torch.save(Outcome(error=error), path)
@@ -103,11 +108,11 @@ def _read(path: Path) -> Outcome:
     return outcome
 
 
-def _check_pickles(trainer: BaseTrainer, arguments: tuple[Any, ...]) -> None:
+def _check_pickles(trainer: BaseTrainer, call: _Call) -> None:
     if not trainer.world.spawns:
         return
     try:
-        ForkingPickler.dumps((trainer, arguments))
+        ForkingPickler.dumps((trainer, call))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ConfigError(
             "device_parameters",

@@ -64,6 +64,31 @@ def running(trainer: BaseTrainer) -> Iterator[None]:
 
 
 @contextmanager
+def evaluating_inside(trainer: BaseTrainer) -> Iterator[None]:
+    """Run a block that evaluates, asked for by a callback in the middle of `fit`.
+
+    It is no part of the run: nothing that it draws, measures or logs is. A signal waits for its
+    end, or the callback would not be called again when the run goes on.
+
+    Raises:
+        RuntimeError: something is under way that it would disturb.
+    """
+    if not (trainer.is_fitting and trainer.is_prepared):
+        raise RuntimeError("this trainer is running; evaluate after it, or in a hook of fit")
+    if trainer.is_in_step or trainer.loop.is_evaluating:
+        raise RuntimeError(
+            "an evaluation inside a training step or a validation would disturb it. Call it in "
+            "post_validation_epoch, post_epoch or on_boundary."
+        )
+    trainer.is_fitting = trainer.loop.may_end = False
+    try:
+        with all_preserved():
+            yield
+    finally:
+        trainer.is_fitting = trainer.loop.may_end = True
+
+
+@contextmanager
 def _closing(trainer: BaseTrainer, end: _End) -> Iterator[None]:
     """Tell the callbacks and the other ranks how the block ended; close what is open."""
     watch, world = trainer.watch, trainer.world

@@ -54,7 +54,7 @@ def gather_state(trainer: BaseTrainer) -> dict[str, Any]:
         "trainer": {
             "progress": trainer.progress.state_dict(),
             "seed": trainer.seed,
-            "layout": _layout(trainer),
+            "layout": layout_of(trainer),
             "stop_reason": trainer.stop_reason,
             "window": _window_state(trainer) if is_in_window else {},
             "validation_results": dict(trainer.validation_results),
@@ -105,7 +105,7 @@ def apply_state(trainer: BaseTrainer, state: Mapping[str, Any], strict: bool) ->
     trainer.components.load_state_dict(state, copies=copies)
     own = state.get("trainer", {})
     trainer.progress.load_state_dict(own.get("progress", {}))
-    trainer.callbacks.load_state_dict(state.get("callbacks", {}))
+    trainer.callbacks.load_state_dict(state.get("callbacks", {}), copies=copies)
     trainer.world.load_precision_state(state.get("precision", {}))
     models = trainer.components.models
     load_training_condition(models, own, is_same_rank=is_same_rank)
@@ -135,7 +135,8 @@ def apply_state(trainer: BaseTrainer, state: Mapping[str, Any], strict: bool) ->
         seed_rank(trainer)
 
 
-def _layout(trainer: BaseTrainer) -> dict[str, Any]:
+def layout_of(trainer: BaseTrainer) -> dict[str, Any]:
+    """Under what ranks a state is taken; parts that differ by rank fit the same ones only."""
     world = trainer.world
     return {
         "world_size": world.size,
@@ -147,7 +148,7 @@ def _layout(trainer: BaseTrainer) -> dict[str, Any]:
 def _is_same_rank(trainer: BaseTrainer, state: Mapping[str, Any]) -> bool:
     """Whether the parts of a state that differ by rank are those of this one."""
     return bool(
-        state.get("trainer", {}).get("layout") == _layout(trainer)
+        state.get("trainer", {}).get("layout") == layout_of(trainer)
         and state.get("rng", {}).get("rank") == trainer.world.rank
     )
 

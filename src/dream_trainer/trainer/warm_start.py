@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dream_trainer.checkpointing.weight_names import match
+from dream_trainer.checkpointing.weight_names import averaged_places, match
 from dream_trainer.checkpointing.weights import open_weights, weights_path
 from dream_trainer.errors import ProblemsError, StateError
 from dream_trainer.storage import TreePath
@@ -44,7 +44,10 @@ def load_weights(trainer: BaseTrainer, given: str) -> None:
     rename = {
         str(old): new if new is None else str(new) for old, new in parameters.init_rename.items()
     }
-    weights, unplaced = _on_every_rank(world, lambda: _read(path, trainer.components, rename))
+    average = parameters.init_from_average
+    weights, unplaced = on_every_rank(
+        world, lambda: read_weights(path, trainer.components, rename, average)
+    )
     problems = unplaced + [
         problem for problem in trainer.components.problems(weights) if problem.startswith("models")
     ]
@@ -60,13 +63,24 @@ def load_weights(trainer: BaseTrainer, given: str) -> None:
     if problems and world.is_global_zero:
         warnings.warn(f"not loaded from {path}:\n  - " + "\n  - ".join(problems), stacklevel=2)
     trainer.components.load_state_dict(weights, copies=False)  # they were read for this
-    world.print(f"weights from {path}: {num_fitting} of {num_own}")
+    kind = "weights" if average is None else f"averaged weights ({average})"
+    world.print(f"{kind} from {path}: {num_fitting} of {num_own}")
 
 
-def _read(
-    path: Path, components: Components, rename: Mapping[str, str | None]
+def read_weights(
+    path: Path,
+    components: Components,
+    rename: Mapping[str, str | None],
+    average: str | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """State of the models as far as there is one, and the weights that have no place in it."""
+    """State of the models as far as there is one, and the weights that have no place in it.
+
+    Args:
+        path: what `weights_path` gave.
+        components: whose names and sharding the state has.
+        rename: see ``init_rename``.
+        average: name of the callback whose averages are read where it has some.
+    """
     source = open_weights(path)
     own: dict[str, tuple[str, str]] = {
         f"{model}.{name}": (model, name)
@@ -74,7 +88,9 @@ def _read(
         for name in state
     }
     matched = match(source.tree, own, list(components.models), rename, str(path))
-    target_of = {place: own[name] for name, place in matched.places.items()}
+    averages = {} if average is None else averaged_places(source.tree, average, str(path))
+    places = {name: averages.get(place, place) for name, place in matched.places.items()}
+    target_of = {place: own[name] for name, place in places.items()}
     template = components.template()
 
     def like(place: TreePath, size: torch.Size) -> Tensor | None:
@@ -87,9 +103,9 @@ def _read(
     # In the order of the trainer's own names, the same on every rank: spreading a tensor is a
     # collective.
     for full, (model, name) in own.items():
-        sources = [one for one in (full, *ties.get(full, ())) if one in matched.places]
+        sources = [one for one in (full, *ties.get(full, ())) if one in places]
         if sources:
-            models[model][name] = values[matched.places[sources[0]]]
+            models[model][name] = values[places[sources[0]]]
     return {"models": models}, matched.problems
 
 
@@ -102,7 +118,7 @@ def _ties(models: Mapping[str, nn.Module]) -> dict[str, list[str]]:
     return {name: shared for shared in names.values() if len(shared) > 1 for name in shared}
 
 
-def _on_every_rank(world: DreamWorld, function: Callable[[], T]) -> T:
+def on_every_rank(world: DreamWorld, function: Callable[[], T]) -> T:
     """The result of this rank; if it failed on any rank, the error is raised on all of them."""
     result, failure = None, None
     try:

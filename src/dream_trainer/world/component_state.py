@@ -29,7 +29,7 @@ def parameter_names(models: Mapping[str, nn.Module]) -> dict[int, str]:
     A parameter that several modules share has its first name.
     """
     names: dict[int, str] = {}
-    for name, parameter in _every_name(models):
+    for name, parameter in every_parameter(models):
         names.setdefault(id(parameter), name)
     return names
 
@@ -99,7 +99,7 @@ def load_module_state(module: nn.Module, state: Mapping[str, Any], *, copies: bo
     """
     own = {clean_name(name): (name, value) for name, value in module.state_dict().items()}
     fitting = {
-        own[name][0]: _laid_out_like(value, own[name][1], copies=copies)
+        own[name][0]: laid_out_like(value, own[name][1], copies=copies)
         for name, value in state.items()
         if name in own and _fits(value, own[name][1])
     }
@@ -176,7 +176,7 @@ def load_optimizer_state(
     indices = {name: index for index, name in enumerate(parameters)}
     entries = {
         indices[name]: {
-            key: _laid_out_like(value, parameters[name], copies=copies)
+            key: laid_out_like(value, parameters[name], copies=copies)
             for key, value in entry.items()
         }
         for name, entry in state["state"].items()
@@ -288,7 +288,7 @@ def load_gradients(models: Mapping[str, nn.Module], state: Mapping[str, Tensor])
         for name, parameter in model.named_parameters():
             value = state.get(f"{model_name}.{clean_name(name)}")
             fits = value is not None and value.shape == parameter.shape
-            parameter.grad = _laid_out_like(value, parameter).to(parameter.device) if fits else None
+            parameter.grad = laid_out_like(value, parameter).to(parameter.device) if fits else None
 
 
 def state_template(
@@ -296,7 +296,7 @@ def state_template(
 ) -> Callable[[tuple[str | int, ...], torch.Size], Tensor | None]:
     """Templates for reading: sharded models and their optimizer state come back sharded."""
     # By every name of a parameter that modules share: under a second one it would be read whole.
-    sharded = {name: p for name, p in _every_name(models) if is_dtensor(p)}
+    sharded = {name: p for name, p in every_parameter(models) if is_dtensor(p)}
 
     def like(path: tuple[str | int, ...], size: torch.Size) -> Tensor | None:
         if not sharded:
@@ -307,6 +307,9 @@ def state_template(
             parameter = sharded.get(str(path[3]))
         elif path[:2] == ("trainer", "gradients"):
             parameter = sharded.get(str(path[2]))
+        elif path[0] == "callbacks" and path[2:3] == ("models",) and len(path) == 5:
+            # What a callback keeps for each weight: averages, for example.
+            parameter = sharded.get(f"{path[3]}.{path[4]}")
         else:
             return None
         return parameter.detach() if parameter is not None and parameter.shape == size else None
@@ -355,8 +358,8 @@ def _added_groups(
     ]
 
 
-def _every_name(models: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
-    """Each parameter under each of its names."""
+def every_parameter(models: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Each parameter under each of its names, ``"model.name"``; of FSDP the shards."""
     for model_name, model in models.items():
         for part in model.modules():
             if is_fsdp_module(part):
@@ -399,7 +402,7 @@ def _described(value: Any) -> str:
     return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def _laid_out_like(value: Any, target: Any, *, copies: bool = True) -> Any:
+def laid_out_like(value: Any, target: Any, *, copies: bool = True) -> Any:
     """A copy of ``value``, sharded like ``target`` if that is sharded and of the same shape.
 
     A copy, because modules and optimizers keep what they are given and change it in place; where
