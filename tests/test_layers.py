@@ -33,7 +33,16 @@ LAYERS = (
     ("loggers", "checkpointing", "data", "coordination", "predictions"),
     ("world",),
     ("storage",),
-    ("configs", "progress", "accumulation", "measured", "metrics", "randomness", "reductions"),
+    (
+        "configs",
+        "progress",
+        "accumulation",
+        "measured",
+        "metrics",
+        "randomness",
+        "reductions",
+        "schedules",
+    ),
     ("errors", "host_values", "lazy_names"),
 )
 TRAINERS = ("trainer.dream", "trainer.base")

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
         SWA,
         Callback,
         CheckpointCallback,
+        EarlyStopping,
         GarbageCollection,
+        GradientAccumulationScheduler,
         GradNormMonitor,
         Histograms,
         LearningRateMonitor,
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
         StepTimes,
         Throughput,
         Timeline,
+        Unfreeze,
+        Unfreezing,
         WeightAveraging,
     )
     from dream_trainer.checkpointing import Checkpointer, export_checkpoint
@@ -56,6 +60,7 @@ if TYPE_CHECKING:
     from dream_trainer.planning import RunPlan, plan_run
     from dream_trainer.predictions import Predictions, read_predictions
     from dream_trainer.reporting import plot_runs
+    from dream_trainer.schedules import Schedule, warm_up
     from dream_trainer.trainer import (
         AbstractTrainer,
         AbstractTrainerConfig,
@@ -79,7 +84,9 @@ _HOMES = {
     "callbacks": (
         "Callback",
         "CheckpointCallback",
+        "EarlyStopping",
         "GarbageCollection",
+        "GradientAccumulationScheduler",
         "Histograms",
         "GradNormMonitor",
         "LearningRateMonitor",
@@ -95,6 +102,8 @@ _HOMES = {
         "StepTimes",
         "Throughput",
         "Timeline",
+        "Unfreeze",
+        "Unfreezing",
     ),
     "checkpointing": ("Checkpointer", "export_checkpoint"),
     "cli": ("Command", "DreamCLI"),
@@ -118,6 +127,7 @@ _HOMES = {
     ),
     "lightning_modules": ("LightningModuleTrainer", "LightningModuleTrainerConfig"),
     "planning": ("RunPlan", "plan_run"),
+    "schedules": ("Schedule", "warm_up"),
     "predictions": ("Predictions", "read_predictions"),
     "reporting": ("plot_runs",),
     "trainer": (
@@ -161,8 +171,10 @@ __all__ = [
     "DreamTrainerConfig",
     "DreamWorld",
     "Duration",
+    "EarlyStopping",
     "GarbageCollection",
     "GradNormMonitor",
+    "GradientAccumulationScheduler",
     "Histograms",
     "LearningRateMonitor",
     "LearningRateResult",
@@ -182,11 +194,14 @@ __all__ = [
     "ResumeReport",
     "RunPlan",
     "RunSummary",
+    "Schedule",
     "Size",
     "StepTimes",
     "Throughput",
     "Timeline",
     "TrainingParameters",
+    "Unfreeze",
+    "Unfreezing",
     "WeightAveraging",
     "benchmark",
     "export_checkpoint",
@@ -198,6 +213,7 @@ __all__ = [
     "profile_run",
     "read_predictions",
     "verify_resume",
+    "warm_up",
 ]
 
 

@@ -72,7 +72,7 @@ class FitLoop:
         self._is_parallel = trainer.world.is_parallel
         if val_loader is not None:  # a fraction of an unknown length is known now, not in an hour
             trainer.training_parameters.val_batch_limit(val_loader.num_batches)
-        self.is_evaluating = False
+        self.is_evaluating = self._is_watching = False
         self.num_evaluation_batches: int | None = None
         self.evaluation_loader: ResumableLoader | None = None
         self.may_end = True
@@ -86,6 +86,7 @@ class FitLoop:
         """
         self._last_time = self._clock()
         self._step_limit = self._steps_of_epoch()
+        self._is_watching = self.trainer.monitored.is_watching
         self.check()
         if self.trainer.progress.is_step_open:
             self.finish_step()  # the checkpoint lies between a step and its validation
@@ -137,6 +138,7 @@ class FitLoop:
         if not progress.in_epoch:
             callbacks.pre_epoch(trainer)
             trainer.metrics.reset("train")
+            trainer.monitored.start_epoch()
             callbacks.pre_train_epoch(trainer)
             progress.start_epoch()
         trainer.metrics.enter("train")
@@ -150,6 +152,8 @@ class FitLoop:
             progress.finish_train_epoch()
             # Also where a limit ended the epoch: a resumed run finds its end by reading on.
             self.train_loader.set_epoch(progress.epoch + 1)
+            if self._is_watching:
+                trainer.monitored.finish_epoch()
             callbacks.post_train_epoch(trainer)
 
     def _train_batches(self) -> bool:
@@ -211,6 +215,8 @@ class FitLoop:
         trainer.logged.add_result(result, loader.num_samples, "train/")
         is_window_end = self.window.finish_batch()
         progress.finish_batch(is_window_end, loader.is_last is True)
+        if self._is_watching and is_window_end:
+            trainer.monitored.take_step()
         trainer.callbacks.post_train_step(trainer, result, batch, batch_idx)
         if not is_window_end:
             trainer.logged.resolve()
@@ -254,6 +260,7 @@ class FitLoop:
             self.check()
         if not progress.is_epoch_closing:
             progress.close_epoch()
+            trainer.scheduler_steps.after("epoch")
             trainer.callbacks.post_epoch(trainer)
         self._settle()
         progress.finish_epoch()
@@ -284,6 +291,7 @@ class FitLoop:
         if trainer.is_fitting:
             trainer.validation_results = results
             trainer.progress.finish_validation()
+            trainer.scheduler_steps.after("validation")
         trainer.callbacks.post_validation_epoch(trainer, results)
         return results
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -88,6 +88,16 @@ class LoggedValues:
         if _REDUCED in state_dict:
             self.reduced = ReducedValues()
             self.reduced.load_state_dict(state_dict[_REDUCED])
+
+    def named(self, names: Collection[str]) -> Observations:
+        """Those of some names that were added and not taken; they stay."""
+        self.resolve()
+        return [one for one in self._observations if one[0] in names]
+
+    def names(self) -> set[str]:
+        """Names of those that were added and not taken."""
+        self.resolve()
+        return {name for name, _, _ in self._observations}
 
     def take(self) -> Observations:
         """Hand over what was added, and start anew."""

@@ -182,9 +182,9 @@ def test_reduce_on_plateau_is_refused_with_advice(tmp_path: Path) -> None:
         def configure_schedulers(self) -> Any:
             return ReduceLROnPlateau(self.named_optimizers()["net"])
 
-    with pytest.raises(ConfigError, match="net is a ReduceLROnPlateau, which needs a metric") as e:
+    with pytest.raises(ConfigError, match="ReduceLROnPlateau looks for a plateau") as e:
         prepared(tmp_path, Plateau)
-    assert "post_validation_epoch" in e.value.next_move
+    assert 'Schedule(scheduler, every="validation", monitor="val/loss")' in e.value.next_move
 
 
 def test_two_schedulers_of_one_optimizer_are_refused(tmp_path: Path) -> None:

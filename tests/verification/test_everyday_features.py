@@ -10,22 +10,29 @@ import pytest
 import torch
 from support import Points, TinyTrainer, tiny_config
 from torch import nn
+from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from dream_trainer import (
     EMA,
     SWA,
     Callback,
+    EarlyStopping,
     GarbageCollection,
+    GradientAccumulationScheduler,
     GradNormMonitor,
     Histograms,
     MemoryMonitor,
     Profiler,
     ProgressBar,
     RunSummary,
+    Schedule,
     StepTimes,
     Throughput,
+    Unfreeze,
+    Unfreezing,
     verify_resume,
+    warm_up,
 )
 
 
@@ -152,8 +159,61 @@ FEATURES: dict[str, Callable[[], tuple[type[TinyTrainer], dict[str, Any]]]] = {
         with_callback(Profiler(at_steps=[3], warmup=1, active=1)),
     ),
     "step times": lambda: (TinyTrainer, with_callback(StepTimes())),
+    # steering
+    "early stopping": lambda: (
+        TinyTrainer,
+        {
+            "callbacks": {
+                "by_validation": EarlyStopping(patience=2),
+                "by_training": EarlyStopping("train/loss"),
+            },
+            "gradient_accumulation_steps": 2,
+        },
+    ),
+    "accumulation by epoch": lambda: (
+        TinyTrainer,
+        {"callbacks": {"by_epoch": GradientAccumulationScheduler({0: 3, 1: 2, 2: 1})}},
+    ),
+    "schedule by epoch": lambda: (
+        Scheduled.by(lambda o: Schedule(ExponentialLR(o, 0.5), every="epoch", frequency=2)),
+        {"train_steps_per_epoch": 1},
+    ),
+    "plateau under a warm-up": lambda: (
+        Scheduled.by(
+            lambda o: warm_up(
+                Schedule(
+                    ReduceLROnPlateau(o, patience=0, threshold=0.5),
+                    every="validation",
+                    monitor="val/loss",
+                ),
+                4,
+            )
+        ),
+        {"val_every_n_steps": 1},
+    ),
+    "unfreezing": lambda: (
+        TinyTrainer,
+        {
+            "callbacks": {"unfreeze": Unfreeze({"net.0": Unfreezing(step=3, lr_scale=0.1)})},
+            "save_frozen": False,
+        },
+    ),
     "tests on the best checkpoint in the middle": looking_at_best,
 }
+
+
+class Scheduled(TinyTrainer):
+    """With the scheduler that a function makes."""
+
+    make: Callable[[Any], Any]
+
+    @classmethod
+    def by(cls, make: Callable[[Any], Any]) -> type[TinyTrainer]:
+        return type("Scheduled", (cls,), {"make": staticmethod(make)})
+
+    def configure_schedulers(self) -> Any:
+        (optimizer,) = self.named_optimizers().values()
+        return self.make(optimizer)
 
 
 @pytest.mark.parametrize("feature", FEATURES)

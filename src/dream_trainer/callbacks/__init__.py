@@ -1,8 +1,10 @@
 """Callbacks: code that runs at named moments of a run."""
 
+from dream_trainer.callbacks.accumulation_scheduler import GradientAccumulationScheduler
 from dream_trainer.callbacks.callback import HOOKS, Callback
 from dream_trainer.callbacks.callback_list import CallbackList
 from dream_trainer.callbacks.checkpoint import CheckpointCallback
+from dream_trainer.callbacks.early_stopping import EarlyStopping
 from dream_trainer.callbacks.ema import EMA
 from dream_trainer.callbacks.garbage_collection import GarbageCollection
 from dream_trainer.callbacks.gradient_norms import GradNormMonitor
@@ -18,6 +20,7 @@ from dream_trainer.callbacks.step_times import StepTimes
 from dream_trainer.callbacks.swa import SWA
 from dream_trainer.callbacks.throughput import Throughput
 from dream_trainer.callbacks.timeline import Timeline
+from dream_trainer.callbacks.unfreezing import Unfreeze, Unfreezing
 from dream_trainer.callbacks.weight_averaging import WeightAveraging
 
 __all__ = [
@@ -27,8 +30,10 @@ __all__ = [
     "Callback",
     "CallbackList",
     "CheckpointCallback",
+    "EarlyStopping",
     "GarbageCollection",
     "GradNormMonitor",
+    "GradientAccumulationScheduler",
     "Histograms",
     "LearningRateMonitor",
     "MemoryMonitor",
@@ -40,5 +45,7 @@ __all__ = [
     "StepTimes",
     "Throughput",
     "Timeline",
+    "Unfreeze",
+    "Unfreezing",
     "WeightAveraging",
 ]

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 LOCAL = (
     ("rng",),
     ("dataloaders",),
-    *(("trainer", name) for name in ("metrics", "buffers", "window", "logged")),
+    *(("trainer", name) for name in ("metrics", "buffers", "window", "logged", "monitored")),
 )
 
 

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from dream_trainer.callbacks import Callback
 from dream_trainer.errors import ConfigError
+from dream_trainer.schedules import load_scheduler_state
 from dream_trainer.world.wrappers import unwrap
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ class ModuleHooks(Callback):
         """The inverse of `state_dict`."""
         run = self._run
         for schedule, state in zip(run.schedules, state_dict["schedules"], strict=True):
-            schedule.scheduler.load_state_dict(dict(state))
+            load_scheduler_state(schedule.scheduler, dict(state))
         run.journal.latest = dict(state_dict["latest"])
         self._is_plateau_due = state_dict["is_plateau_due"]
         self._is_epoch_stepped = state_dict["is_epoch_stepped"]

@@ -33,6 +33,7 @@ from dream_trainer.lightning_modules.support import (
     require_supported,
 )
 from dream_trainer.trainer.base import BaseTrainer, BaseTrainerConfig
+from dream_trainer.trainer.loaders import accumulation_scheduler
 from dream_trainer.world.gradient_sync import ManualBackward
 from dream_trainer.world.wrappers import unwrap
 
@@ -202,6 +203,11 @@ class LightningModuleTrainer(BaseTrainer):
     def named_schedulers(self) -> None:
         """None: schedules step when the module says."""
         return
+
+    def schedulers_of(self, optimizer: Optimizer) -> list[Any]:
+        """Those of the module's schedules that drive an optimizer."""
+        every = (schedule.scheduler for schedule in self.schedules)
+        return [one for one in every if unwrap(one.optimizer) is unwrap(optimizer)]
 
     @property
     def sync_modules(self) -> Sequence[nn.Module]:
@@ -446,7 +452,8 @@ class LightningModuleTrainer(BaseTrainer):
                     "automatic_optimization=False"
                 )
         else:
-            if parameters.gradient_accumulation_steps not in (None, 1):
+            by_epoch = accumulation_scheduler(self.callbacks)
+            if parameters.gradient_accumulation_steps not in (None, 1) or by_epoch is not None:
                 problems.append("automatic_optimization=False accumulates gradients by itself")
             if parameters.gradient_clip_val is not None:
                 problems.append(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from dream_trainer.callbacks import GradientAccumulationScheduler
 from dream_trainer.configs import TrainingParameters
 from dream_trainer.data import ResumableLoader
 from dream_trainer.errors import ConfigError
@@ -67,8 +68,15 @@ def plan_loader(loader: ResumableLoader, dp_size: int) -> LoaderPlan:
     return LoaderPlan(length, used, loader.batch_size, batches, last, idle)
 
 
-def plan_steps(loader: ResumableLoader, parameters: TrainingParameters, dp_size: int) -> StepPlan:
+def plan_steps(
+    loader: ResumableLoader,
+    parameters: TrainingParameters,
+    dp_size: int,
+    scheduler: GradientAccumulationScheduler | None = None,
+) -> StepPlan:
     """Steps of a run with a loader that is attached to rank 0 of ``dp_size``.
+
+    Where a scheduler changes the batches per step, all but the total is of the first epoch.
 
     Raises:
         ConfigError: ``global_batch_size`` cannot be made of whole batches, or
@@ -76,18 +84,22 @@ def plan_steps(loader: ResumableLoader, parameters: TrainingParameters, dp_size:
     """
     batch_size, batches = loader.batch_size, loader.num_batches
     size = parameters.accumulation(batch_size, dp_size)
+    if scheduler is not None:
+        scheduler.check(parameters)
+        size = scheduler.size_in(0, size)
     parameters.step_limit(batches, size)  # reported here: what is not known is left out below
     one_epoch = replace(parameters, n_epochs=1, max_steps=None)
     all_batches = replace(one_epoch, train_steps_per_epoch=None)
-    per_epoch = _known(lambda: count_training_steps(loader, one_epoch, dp_size))
-    is_whole = per_epoch == _known(lambda: count_training_steps(loader, all_batches, dp_size))
+    per_epoch = _known(lambda: count_training_steps(loader, one_epoch, dp_size, scheduler))
+    in_loader = _known(lambda: count_training_steps(loader, all_batches, dp_size, scheduler))
+    is_whole = per_epoch == in_loader
     rest = batches % size if batches is not None and is_whole else 0
     return StepPlan(
         accumulation=size,
         samples_per_step=None if batch_size is None else batch_size * dp_size * size,
         per_epoch=per_epoch,
         last_window=rest or None,
-        total=_known(lambda: count_training_steps(loader, parameters, dp_size)),
+        total=_known(lambda: count_training_steps(loader, parameters, dp_size, scheduler)),
     )
 
 

@@ -26,7 +26,7 @@ from dream_trainer.planning.run_plan import RunPlan
 from dream_trainer.planning.trial_step import step_problem
 from dream_trainer.randomness import preserved, seed_cpu
 from dream_trainer.trainer.base import BaseTrainer, BaseTrainerConfig
-from dream_trainer.trainer.loaders import adopt_loader
+from dream_trainer.trainer.loaders import accumulation_scheduler, adopt_loader
 from dream_trainer.world.planned_world import PlannedWorld, known_layout, uneven_splits
 
 #: What launchers set and Fabric, or a trainer, reads: those of torchrun, and the one by which each
@@ -140,7 +140,10 @@ class _Planner:
             raise
         _refuse(self.problems)
         layout = layout_of(self.resolved, self.num_ranks, ranks_per_node)
-        is_accumulating = counted.accumulation is not None and counted.accumulation > 1
+        sizes = {counted.accumulation or 1}
+        if (scheduler := accumulation_scheduler(trainer.callbacks)) is not None:
+            sizes |= set(scheduler.scheduling.values())
+        is_accumulating = max(sizes) > 1
         memory = measure(trainer, world, layout, is_accumulating=is_accumulating)
         return RunPlan(
             layout=layout,
@@ -235,7 +238,8 @@ class _Planner:
                 adopted = adopt_loader(loader, name, world, seed, parameters, in_use)
                 plans[name] = plan = plan_loader(adopted, dp_size)
                 if name == "train_dataloader":
-                    steps = plan_steps(adopted, parameters, dp_size)
+                    scheduler = accumulation_scheduler(trainer.callbacks)
+                    steps = plan_steps(adopted, parameters, dp_size, scheduler)
                     if (problem := too_few_samples(name, plan, dp_size)) is not None:
                         self.problems.append(problem)
                 else:

@@ -42,13 +42,19 @@ from dream_trainer.measured import MeasuredValues
 from dream_trainer.metrics import LoggedValues
 from dream_trainer.randomness import all_preserved, seed_everything
 from dream_trainer.reductions import Reduce
+from dream_trainer.schedules import Schedule
 from dream_trainer.storage.run_lock import RunLock
 from dream_trainer.trainer.abstract import AbstractTrainer, AbstractTrainerConfig
 from dream_trainer.trainer.closing import close
 from dream_trainer.trainer.components import Components, copy_of_unsharded, find_module
 from dream_trainer.trainer.frozen_weights import FrozenWeights
-from dream_trainer.trainer.loaders import adopt_loader, count_training_steps
+from dream_trainer.trainer.loaders import (
+    accumulation_scheduler,
+    adopt_loader,
+    count_training_steps,
+)
 from dream_trainer.trainer.metric_phases import MetricPhases
+from dream_trainer.trainer.monitored import Monitored
 from dream_trainer.trainer.nonfinite import StepGuard
 from dream_trainer.trainer.optimizer_steps import OptimizerSteps
 from dream_trainer.trainer.presets import Preset, debug, overfit
@@ -66,6 +72,7 @@ from dream_trainer.trainer.run_directory import (
 )
 from dream_trainer.trainer.run_streams import RunStreams
 from dream_trainer.trainer.running import evaluating_inside, running
+from dream_trainer.trainer.scheduler_steps import SchedulerSteps
 from dream_trainer.trainer.state import (
     OwnState,
     apply_state,
@@ -74,6 +81,7 @@ from dream_trainer.trainer.state import (
     gather_state,
     seed_rank,
 )
+from dream_trainer.world.wrappers import unwrap
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -148,6 +156,7 @@ class BaseTrainer(AbstractTrainer):
         measured: values measured since the last line of the timeline.
         began: when `fit` was called, in seconds since 1970.
         resumed_from: name of the checkpoint that the run continues from, if there is one.
+        monitored: values that decide about the run, by name.
         is_running: whether `fit`, `validate`, `test` or `predict` is under way.
         is_fitting: whether `fit` is under way.
         is_prepared: whether `prepare` is done.
@@ -192,6 +201,7 @@ class BaseTrainer(AbstractTrainer):
         self.metrics = MetricPhases(self)
         self.logged, self.measured = LoggedValues(), MeasuredValues()
         self.began, self.resumed_from = 0.0, cast("str | None", None)
+        self.monitored = Monitored(self)
         self.is_running = self.is_fitting = self.is_resumed = False
         self.is_interrupted_between_batches = False
         self.is_brought_back = self.is_closed = False
@@ -258,6 +268,23 @@ class BaseTrainer(AbstractTrainer):
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         """One batch to predict on; what it returns is collected."""
         raise NotImplementedError(f"{type(self).__name__} has no predict_step; write one")
+
+    def named_schedules(self) -> Mapping[str, Schedule]:
+        """When each of `named_schedulers` steps; the default is after each optimizer step.
+
+        Raises:
+            ConfigError: a scheduler cannot step so.
+        """
+        return {name: Schedule.of(one) for name, one in (self.named_schedulers() or {}).items()}
+
+    def schedulers_of(self, optimizer: Optimizer) -> list[Any]:
+        """All schedulers that drive an optimizer, whoever steps them.
+
+        Args:
+            optimizer: as made or as wrapped.
+        """
+        every: Iterable[Any] = (self.named_schedulers() or {}).values()
+        return [one for one in every if unwrap(one.optimizer) is unwrap(optimizer)]
 
     def test_dataloader(self) -> Iterable[Any] | None:
         """Make the loader of `test`; called when it runs without one."""
@@ -715,7 +742,9 @@ class BaseTrainer(AbstractTrainer):
             ConfigError: neither ``max_steps`` nor ``n_epochs`` and a loader of known length say.
         """
         loader = self._adopted_train_loader()
-        return count_training_steps(loader, self.training_parameters, self.world.dp_size)
+        parameters, dp_size = self.training_parameters, self.world.dp_size
+        scheduler = accumulation_scheduler(self.callbacks)
+        return count_training_steps(loader, parameters, dp_size, scheduler)
 
     @property
     def run_directory(self) -> Path:
@@ -836,7 +865,8 @@ class BaseTrainer(AbstractTrainer):
         self.frozen_weights = FrozenWeights(self.components)
         skips = self.training_parameters.on_nonfinite == "skip"
         self.guard = StepGuard(self) if skips else None
-        self._optimizer_steps = OptimizerSteps(self, self.guard)
+        self.scheduler_steps = SchedulerSteps(self)
+        self._optimizer_steps = OptimizerSteps(self, self.scheduler_steps, self.guard)
         self._backward = self.world.backward_function()
         self.lock = RunLock(self.run_directory)
         self.checkpointer = checkpointing.Checkpointer(
@@ -844,8 +874,11 @@ class BaseTrainer(AbstractTrainer):
         )
         dp_size, val = self.world.dp_size, self.val_dataloader
         train = self._adopt(self.train_dataloader, "train_dataloader")
-        size = self.training_parameters.accumulation(train.batch_size, dp_size)
-        train.looks_ahead = size > 1  # a window must know its last batch
+        size = largest = self.training_parameters.accumulation(train.batch_size, dp_size)
+        if (scheduler := accumulation_scheduler(self.callbacks)) is not None:
+            scheduler.check(self.training_parameters)
+            largest = max(size, *scheduler.scheduling.values())
+        train.looks_ahead = largest > 1  # a window must know its last batch
         self.window = AccumulationWindow(size, dp_size, self._sum_over_data_parallel)
         val = None if val is None else self._adopt(val, "val_dataloader")
         self.loop = FitLoop(self, train, val, self.window, self.clock)

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
 from dream_trainer.errors import ConfigError, UnknownComponentError
+from dream_trainer.schedules import load_scheduler_state
 from dream_trainer.world.component_state import (
     load_module_state,
     load_optimizer_state,
@@ -29,7 +30,6 @@ from dream_trainer.world.wrappers import unwrap
 
 if TYPE_CHECKING:
     from dream_trainer.storage import Like
-    from dream_trainer.trainer.abstract import AbstractTrainer
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Components:
                         own[name], state[kind][name], names, self.models, copies=copies
                     )
                 else:
-                    own[name].load_state_dict(copy.deepcopy(state[kind][name]))
+                    load_scheduler_state(own[name], copy.deepcopy(state[kind][name]))
 
     def template(self) -> Like:
         """Templates for reading a checkpoint: what is sharded here comes back sharded."""
@@ -189,24 +189,3 @@ def trained_alone(
         if len(trained) == 1:
             found[name] = trained[0]
     return found
-
-
-def steppable_schedulers(trainer: AbstractTrainer) -> dict[str, LRScheduler]:
-    """Optimizer name -> the scheduler that steps with it.
-
-    Raises:
-        ConfigError: a scheduler needs a metric to step.
-    """
-    pairs = {
-        name: trainer.get_scheduler_from_optimizer(optimizer)
-        for name, optimizer in trainer.named_optimizers().items()
-    }
-    schedulers = {name: one for name, one in pairs.items() if one is not None}
-    plateau = [name for name, one in schedulers.items() if isinstance(one, ReduceLROnPlateau)]
-    if plateau:
-        raise ConfigError(
-            "schedulers",
-            [f"{name} is a ReduceLROnPlateau, which needs a metric" for name in plateau],
-            "Keep it out of named_schedulers and step it in a callback's post_validation_epoch.",
-        )
-    return schedulers

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from dream_trainer import world
 from dream_trainer.data import ResumableLoader
 from dream_trainer.errors import ConfigError
+from dream_trainer.schedules import Schedule
 from dream_trainer.trainer.base import BaseTrainer, BaseTrainerConfig
 from dream_trainer.trainer.components import copy_of_unsharded
 from dream_trainer.trainer.metric_states import is_metric
@@ -61,7 +62,7 @@ class DreamTrainer(BaseTrainer):
         self._layers_on_meta: list[nn.Module] = []
         self._wrapped_models: dict[str, nn.Module] = {}
         self._named_optimizers: dict[str, Optimizer] = {}
-        self._named_schedulers: dict[str, LRScheduler] = {}
+        self._named_schedules: dict[str, Schedule] = {}
         self._train_dataloader: Any = None
         self._val_dataloader: Any = None
 
@@ -96,7 +97,10 @@ class DreamTrainer(BaseTrainer):
         return None
 
     def configure_schedulers(self) -> Any:
-        """Make learning-rate schedulers on `named_optimizers`; they step with them.
+        """Make learning-rate schedulers on `named_optimizers`.
+
+        A scheduler steps after each optimizer step. A `Schedule` around it says something else:
+        ``Schedule(scheduler, every="epoch")``.
 
         Returns:
             One scheduler, a list of them, or a mapping with schedulers as values.
@@ -239,7 +243,7 @@ class DreamTrainer(BaseTrainer):
         made = self._name_optimizers(self.configure_optimizers())
         # Their schedulers are made on the optimizers as they are: wrapped ones are new objects.
         self._named_optimizers = made
-        self._named_schedulers = self._name_schedulers(self.configure_schedulers())
+        self._named_schedules = self._name_schedules(self.configure_schedulers())
         self._named_optimizers = {
             name: self.world.setup_optimizer(optimizer) for name, optimizer in made.items()
         }
@@ -256,7 +260,11 @@ class DreamTrainer(BaseTrainer):
 
     def named_schedulers(self) -> Mapping[str, LRScheduler]:
         """Name of the optimizer -> its scheduler."""
-        return self._named_schedulers
+        return {name: one.scheduler for name, one in self._named_schedules.items()}
+
+    def named_schedules(self) -> Mapping[str, Schedule]:
+        """Name of the optimizer -> its scheduler, and when that steps."""
+        return self._named_schedules
 
     @property
     def train_dataloader(self) -> ResumableLoader:
@@ -349,17 +357,18 @@ class DreamTrainer(BaseTrainer):
             )
         return named
 
-    def _name_schedulers(self, made: Any) -> dict[str, LRScheduler]:
-        named: dict[str, LRScheduler] = {}
-        for _, scheduler in _pairs(made):
-            name = self.get_name_by_optimizer(scheduler.optimizer)
+    def _name_schedules(self, made: Any) -> dict[str, Schedule]:
+        named: dict[str, Schedule] = {}
+        for _, one in _pairs(made):
+            schedule = Schedule.of(one)
+            name = self.get_name_by_optimizer(schedule.scheduler.optimizer)
             if name in named:
                 raise ConfigError(
                     "configure_schedulers",
                     [f"optimizer {name} has several schedulers"],
                     "Join them with torch's SequentialLR or ChainedScheduler.",
                 )
-            named[name] = scheduler
+            named[name] = schedule
         return named
 
     def _rebind(self, made: Mapping[str, Any], wrapped: Mapping[str, Any]) -> None:

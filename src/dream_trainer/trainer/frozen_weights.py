@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dream_trainer.trainer.components import Components
-from dream_trainer.world.component_state import clean_name, parameters_of
+from dream_trainer.world.component_state import clean_name
 from dream_trainer.world.sharded import is_dtensor
 
 #: Model -> parameter -> checksum of its bytes.
@@ -18,21 +18,22 @@ Checksums = dict[str, dict[str, int]]
 
 
 class FrozenWeights:
-    """Parameters without gradient that are in no optimizer, as they were when this was made.
+    """Parameters that need no gradient, as they were when this was made.
 
-    One that is unfrozen, or changed in place, is an ordinary one from then on.
+    One that is unfrozen, or changed in place, or that an optimizer has a state of, is an ordinary
+    one from then on.
 
     Args:
         components: of the trainer, with the weights that its program gives it at each start.
     """
 
     def __init__(self, components: Components) -> None:
-        trained = set(map(id, parameters_of(components.optimizers.values())))
+        self._optimizers = list(components.optimizers.values())
         self._frozen = {
             (model, clean_name(name)): (parameter, parameter._version)
             for model, module in components.models.items()
             for name, parameter in module.named_parameters()
-            if not parameter.requires_grad and id(parameter) not in trained
+            if not parameter.requires_grad
         }
         self._known: dict[tuple[str, str], int] = {}
 
@@ -41,6 +42,8 @@ class FrozenWeights:
         found: Checksums = {}
         for (model, name), (parameter, version) in self._frozen.items():
             if parameter.requires_grad or parameter._version != version:
+                continue
+            if any(parameter in optimizer.state for optimizer in self._optimizers):
                 continue
             found.setdefault(model, {})[name] = self._checksum(model, name, parameter)
         return found

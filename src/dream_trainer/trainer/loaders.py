@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from dream_trainer.callbacks import CallbackList, GradientAccumulationScheduler
 from dream_trainer.configs import TrainingParameters
 from dream_trainer.data import ResumableLoader
 from dream_trainer.errors import ConfigError
@@ -118,10 +119,39 @@ def _why_empty(loader: ResumableLoader, world: DreamWorld, samples_per_step: int
     return f"it has no batches ({why})"
 
 
+def accumulation_scheduler(callbacks: CallbackList) -> GradientAccumulationScheduler | None:
+    """The callback that changes how many batches a step has, if there is one.
+
+    Raises:
+        ConfigError: there are several.
+    """
+    found = {
+        name: one
+        for name in callbacks
+        if isinstance(one := callbacks[name], GradientAccumulationScheduler)
+    }
+    if len(found) > 1:
+        raise ConfigError(
+            "callbacks",
+            [f"{', '.join(found)} all say how many batches a step has"],
+            "Keep one GradientAccumulationScheduler.",
+        )
+    return next(iter(found.values()), None)
+
+
 def count_training_steps(
-    loader: ResumableLoader, parameters: TrainingParameters, dp_size: int
+    loader: ResumableLoader,
+    parameters: TrainingParameters,
+    dp_size: int,
+    scheduler: GradientAccumulationScheduler | None = None,
 ) -> int:
     """Optimizer steps of a whole run.
+
+    Args:
+        loader: of the training.
+        parameters: of the run.
+        dp_size: number of data-parallel ranks.
+        scheduler: changes the batches per step from epoch to epoch.
 
     Raises:
         ConfigError: neither ``max_steps`` nor ``n_epochs`` and a loader of known length say, or
@@ -129,11 +159,19 @@ def count_training_steps(
     """
     batches = loader.num_batches
     size = 1 if batches is None else parameters.accumulation(loader.batch_size, dp_size)
-    per_epoch = parameters.step_limit(batches, size)
-    if batches is not None:
-        in_loader = math.ceil(batches / size)
-        per_epoch = min(per_epoch or in_loader, in_loader)
-    by_epochs = per_epoch * parameters.n_epochs if per_epoch and parameters.n_epochs else None
+    sizes = [(size, parameters.n_epochs or 1)]
+    if scheduler is not None:
+        sizes = scheduler.sizes(parameters.n_epochs or 1, size)
+    by_epochs: int | None = 0
+    for size, n_epochs in sizes:
+        per_epoch = parameters.step_limit(batches, size)
+        if batches is not None:
+            in_loader = math.ceil(batches / size)
+            per_epoch = min(per_epoch or in_loader, in_loader)
+        if per_epoch is None or parameters.n_epochs is None or by_epochs is None:
+            by_epochs = None
+        else:
+            by_epochs += per_epoch * n_epochs
     known = [steps for steps in (by_epochs, parameters.max_steps) if steps is not None]
     if not known:
         raise ConfigError(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from dream_trainer.errors import UnknownComponentError
-from dream_trainer.trainer.components import steppable_schedulers, trained_alone
+from dream_trainer.trainer.components import trained_alone
+from dream_trainer.trainer.scheduler_steps import SchedulerSteps
 from dream_trainer.world.component_state import gradients
 from dream_trainer.world.gradient_norm import scale
 from dream_trainer.world.wrappers import unwrap
@@ -30,7 +30,7 @@ class BoundOptimizer:
         optimizer: as the trainer names it.
         own: the user's own, behind Fabric's wrapper.
         stepped: the one whose ``step`` is called: without Fabric's wrapper, if that does nothing.
-        scheduler: the one that steps with it.
+        step_scheduler: what is called after each of its steps.
         module: the one model that it trains.
         forgets_gradients: whether its ``zero_grad`` is torch's own, which sets them to None after
             asking the profiler: a tenth of the smallest steps.
@@ -40,7 +40,7 @@ class BoundOptimizer:
     optimizer: Optimizer
     own: Optimizer
     stepped: Optimizer
-    scheduler: LRScheduler | None
+    step_scheduler: Callable[[], object] | None
     module: nn.Module | None
     forgets_gradients: bool
 
@@ -50,18 +50,17 @@ class OptimizerSteps:
 
     Args:
         trainer: set up.
+        schedulers: those that step with the optimizers.
         guard: asked before each step; None where every step is taken.
-
-    Raises:
-        ConfigError: a scheduler needs a metric to step.
     """
 
-    def __init__(self, trainer: BaseTrainer, guard: StepGuard | None = None) -> None:
+    def __init__(
+        self, trainer: BaseTrainer, schedulers: SchedulerSteps, guard: StepGuard | None = None
+    ) -> None:
         from dream_trainer.world.direct import optimizer_to_step
 
         self._trainer, self._guard = trainer, guard
         optimizers = trainer.named_optimizers()
-        schedulers = steppable_schedulers(trainer)
         modules = trained_alone(trainer.named_models(), optimizers)
         self._bound: Mapping[str, BoundOptimizer] = {
             name: BoundOptimizer(
@@ -69,7 +68,7 @@ class OptimizerSteps:
                 one,
                 unwrap(one),
                 optimizer_to_step(one),
-                schedulers.get(name),
+                schedulers.after_step_of(one),
                 modules.get(name),
                 type(one).zero_grad is Optimizer.zero_grad and "zero_grad" not in vars(one),
             )
@@ -104,8 +103,8 @@ class OptimizerSteps:
                     parameter.grad = None
         else:
             optimizer.zero_grad()
-        if bound.scheduler is not None:
-            bound.scheduler.step()
+        if bound.step_scheduler is not None:
+            bound.step_scheduler()
         if window.count_step(bound.name):
             trainer.progress.finish_step()
         if guard is not None:

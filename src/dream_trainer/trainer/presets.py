@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from dream_trainer.callbacks import Callback, GradientAccumulationScheduler
+
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainerConfig
 
@@ -35,7 +37,7 @@ def debug(config: Config) -> Config:
         val_steps_per_epoch=1,
         num_sanity_val_steps=0,
     )
-    return _without_files(config, training_parameters=training)
+    return _without_files(config, training_parameters=training, callbacks=_of_one_step(config))
 
 
 def overfit(config: Config) -> Config:
@@ -69,6 +71,14 @@ def presets_of(trainer_class: type) -> dict[str, Preset]:
         own: Mapping[str, Preset | None] = vars(owner).get("presets", {})
         found |= own
     return {name: preset for name, preset in found.items() if preset is not None}
+
+
+def _of_one_step(config: BaseTrainerConfig) -> dict[str, Callback | None]:
+    """The callbacks without what lets a step have several batches."""
+    return {
+        name: None if isinstance(one, GradientAccumulationScheduler) else one
+        for name, one in config.callbacks.items()
+    }
 
 
 def _without_files(config: Config, **changes: Any) -> Config:

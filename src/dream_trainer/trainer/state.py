@@ -60,6 +60,10 @@ def gather_state(trainer: BaseTrainer) -> dict[str, Any]:
             "validation_results": dict(trainer.validation_results),
             "metrics": trainer.metrics.state_dict(),
             "logged": trainer.logged.state_dict(),
+            "monitored": trainer.monitored.state_dict(),
+            "monitored_by_all": trainer.monitored.totals_over_ranks(),
+            "training_means": dict(trainer.monitored.means),
+            "schedules": trainer.scheduler_steps.state_dict(),
             "left_out": left_out,
             **training_condition(
                 models, has_ranks=trainer.world.size > 1, sharded_only=is_in_window
@@ -108,12 +112,16 @@ def apply_state(trainer: BaseTrainer, state: Mapping[str, Any], strict: bool) ->
     if "stop_reason" not in trainer.checkpoint_parameters.allow_changed:
         trainer.stop_reason = own.get("stop_reason")
     trainer.validation_results = dict(own.get("validation_results", {}))
+    trainer.monitored.means = dict(own.get("training_means", {}))
+    trainer.scheduler_steps.load_state_dict(own.get("schedules", {}))
+    trainer.monitored.load_totals(own.get("monitored_by_all", {}))
     trainer.window.load_state_dict({})
     if trainer.guard is not None:
         in_window = own.get("window") or {} if is_same_rank else {}
         trainer.guard.load_state_dict(in_window.get("guard", {}))
     if is_same_rank:
         trainer.metrics.load_state_dict(own.get("metrics", {}))
+        trainer.monitored.load_state_dict(own.get("monitored", {}))
         trainer.logged.load_state_dict(copy.deepcopy(own.get("logged", {})))
         if window := own.get("window"):
             trainer.window.load_state_dict(window)

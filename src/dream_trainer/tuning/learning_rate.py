@@ -104,7 +104,7 @@ def _without_traces(
     made.callbacks = CallbackList({**kept, _NAME: test})
     made.loggers = {}
     # A scheduler that is stepped may change momentum, or refuse more steps than it was made for.
-    vars(made)["named_schedulers"] = _no_schedulers
+    vars(made)["named_schedulers"] = vars(made)["named_schedules"] = _no_schedulers
     return made
 
 

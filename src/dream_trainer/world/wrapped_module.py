@@ -157,6 +157,7 @@ class ReplicatedModule(WrappedModule):
         self.__dict__["_parameters_in_order"] = parameters
         self.__dict__["_reduced"] = [p.requires_grad for p in parameters]
         self.__dict__["_num_changes"] = 0
+        self.__dict__["_takes_turns"] = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's ``forward``, in precision and through DDP."""
@@ -201,9 +202,10 @@ class ReplicatedModule(WrappedModule):
         return True
 
     def _reduce(self, trained: list[bool]) -> None:
-        """Reduce the parameters that are trained; from the second change on all that ever were.
+        """Reduce the parameters that are trained; all that ever were, once parts take turns.
 
-        A model whose parts take turns would otherwise be wrapped anew in every step. A collective.
+        Such a model would otherwise be wrapped anew in every step. One whose parts only come in is
+        told to reduce more, and need not look for unused ones. A collective.
         """
         strategy, ddp = self._strategy, self._forward_module
         assert isinstance(strategy, DDPStrategy)
@@ -221,7 +223,9 @@ class ReplicatedModule(WrappedModule):
             r and not t and g is not None
             for t, r, g in zip(trained, self._reduced, gradients, strict=True)
         ]
-        takes_turns = self._num_changes > 0 or any(waits)
+        stops = any(r and not t for t, r in zip(trained, self._reduced, strict=True))
+        is_second = self._num_changes > 0 and stops
+        takes_turns = self._takes_turns or is_second or any(waits)
         reduced = [t or (r and takes_turns) for t, r in zip(trained, self._reduced, strict=True)]
         own = {"find_unused_parameters": True} if takes_turns else {}
         if _CAN_SKIP_SYNC:  # their parameters are the same already
@@ -245,6 +249,7 @@ class ReplicatedModule(WrappedModule):
             parameter.grad = gradient
         self.__dict__["_reduced"] = reduced
         self.__dict__["_num_changes"] += 1
+        self.__dict__["_takes_turns"] = takes_turns
 
 
 def improved(wrapped: _FabricModule) -> WrappedModule:
