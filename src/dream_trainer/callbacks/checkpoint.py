@@ -139,7 +139,7 @@ class CheckpointCallback(Callback):
 
     def _save(self, trainer: BaseTrainer) -> None:
         self._saved_at, self._is_saved = self._place(trainer), False
-        self._last_time = self._clock()
+        self._last_time, began = self._clock(), time.perf_counter()
         monitor, value = trainer.checkpoint_parameters.monitor, None
         if monitor is not None and trainer.progress.last_validation_step == trainer.global_step:
             value = trainer.validation_results.get(monitor)
@@ -151,7 +151,7 @@ class CheckpointCallback(Callback):
             optimizers=trainer.components.optimizers.values(),
         )
         self._is_saved = True
-        self.begun = BegunSave(path.name, self._clock() - self._last_time)
+        self.begun = BegunSave(path.name, time.perf_counter() - began)
 
     def _place(self, trainer: BaseTrainer) -> _Place:
         progress = trainer.progress
