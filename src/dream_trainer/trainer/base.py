@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dream_trainer import checkpointing, world
-from dream_trainer.accumulation import AccumulationWindow, Weight
-from dream_trainer.callbacks import (
-    Callback,
-    CallbackList,
-    CheckpointCallback,
-    LearningRateMonitor,
-    MetricLogger,
-    ProgressBar,
-    RunSummary,
-    Timeline,
-)
-from dream_trainer.callbacks.overview import Overview, overview
+from dream_trainer.accumulation import Weight
+from dream_trainer.callbacks import CallbackList, RunSummary
+from dream_trainer.callbacks.overview import Overview
 from dream_trainer.callbacks.run_summary import end_line
 from dream_trainer.configs import CheckpointParameters, Link, TrainingParameters
 from dream_trainer.configs.differing import flattened
 from dream_trainer.configs.yaml_text import load_yaml
 from dream_trainer.coordination import Interruption, Place, RankWatch, StopAgreement
-from dream_trainer.data import ResumableLoader
 from dream_trainer.errors import ConfigError
 from dream_trainer.host_values import Value
 from dream_trainer.loggers import Logger
@@ -44,34 +30,30 @@ from dream_trainer.randomness import all_preserved, seed_everything
 from dream_trainer.reductions import Reduce
 from dream_trainer.schedules import Schedule
 from dream_trainer.storage.run_lock import RunLock
-from dream_trainer.trainer.abstract import AbstractTrainer, AbstractTrainerConfig
+from dream_trainer.trainer import evaluation
+from dream_trainer.trainer.abstract import AbstractTrainer
+from dream_trainer.trainer.base_config import BaseTrainerConfig
 from dream_trainer.trainer.closing import close
 from dream_trainer.trainer.components import Components, copy_of_unsharded, find_module
+from dream_trainer.trainer.default_callbacks import callbacks_of_a_run
 from dream_trainer.trainer.frozen_weights import FrozenWeights
-from dream_trainer.trainer.loaders import (
-    accumulation_scheduler,
-    adopt_loader,
-    count_training_steps,
-)
+from dream_trainer.trainer.loaders import AdoptedLoaders
 from dream_trainer.trainer.metric_phases import MetricPhases
 from dream_trainer.trainer.monitored import Monitored
 from dream_trainer.trainer.nonfinite import StepGuard
 from dream_trainer.trainer.optimizer_steps import OptimizerSteps
+from dream_trainer.trainer.preparation import (
+    name_and_seed,
+    require_fit,
+    window_of_one,
+    window_over,
+)
 from dream_trainer.trainer.presets import Preset, debug, overfit
 from dream_trainer.trainer.ranks_elsewhere import bring_back, run_on_ranks
-from dream_trainer.trainer.restore import (
-    foretell,
-    lock_run_directory,
-    open_run_directory,
-    restore,
-)
-from dream_trainer.trainer.run_directory import (
-    config_yaml,
-    fresh_experiment_name,
-    recorded_or_new_seed,
-)
+from dream_trainer.trainer.restore import lock_run_directory, open_run_directory, restore_once
+from dream_trainer.trainer.run_directory import config_yaml
 from dream_trainer.trainer.run_streams import RunStreams
-from dream_trainer.trainer.running import evaluating_inside, running
+from dream_trainer.trainer.running import running
 from dream_trainer.trainer.scheduler_steps import SchedulerSteps
 from dream_trainer.trainer.state import (
     OwnState,
@@ -87,46 +69,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
     from typing_extensions import Self
 
-#: The next one without a name in this process, as in every restart of its job.
-_runs_without_name = itertools.count()
-
-
-@dataclass(kw_only=True)
-class BaseTrainerConfig(AbstractTrainerConfig):
-    """A run's length and rhythm, its checkpoints, its callbacks and loggers."""
-
-    training_parameters: TrainingParameters = field(default_factory=TrainingParameters)
-    """Length, accumulation, clipping, validation."""
-    checkpoint_parameters: CheckpointParameters = field(default_factory=CheckpointParameters)
-    """Triggers, retention, resume."""
-    callbacks: dict[str, Callback | None] = field(default_factory=dict)
-    """Callbacks by name, on top of ``lr``, ``metrics``, ``summary``, ``progress``, ``checkpoint``
-    and ``timeline``; the same name replaces one, None leaves it out."""
-    loggers: dict[str, Any] = field(default_factory=dict)
-    """Lightning loggers by name, beside the exact JSONL log."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        kinds = {
-            "training_parameters": TrainingParameters,
-            "checkpoint_parameters": CheckpointParameters,
-            "callbacks": Mapping,
-            "loggers": Mapping,
-        }
-        problems = [
-            f"{name} is a {type(value).__name__}, expected a {kind.__name__}"
-            for name, kind in kinds.items()
-            if not isinstance(value := getattr(self, name), kind)
-        ]
-        problems += [
-            f"loggers.{name} is a {type(one).__name__}, which has no log_metrics and finalize"
-            for name, one in (self.loggers.items() if isinstance(self.loggers, Mapping) else ())
-            if one is not None and not (hasattr(one, "log_metrics") and hasattr(one, "finalize"))
-        ]
-        if problems:
-            raise ConfigError(
-                type(self).__name__, problems, "Callbacks and loggers are mappings by name."
-            )
+__all__ = ["BaseTrainer", "BaseTrainerConfig"]
 
 
 class BaseTrainer(AbstractTrainer):
@@ -150,6 +93,7 @@ class BaseTrainer(AbstractTrainer):
         interruption: where requests to stop come together.
         watch: the eye on the other ranks.
         streams: the run's random streams.
+        adopted_loaders: the loaders that are attached to the ranks.
         window: the accumulation window under way.
         guard: asked before each step, if ``on_nonfinite`` is ``"skip"``.
         logged: values logged since the last step.
@@ -160,6 +104,7 @@ class BaseTrainer(AbstractTrainer):
         is_running: whether `fit`, `validate`, `test` or `predict` is under way.
         is_fitting: whether `fit` is under way.
         is_prepared: whether `prepare` is done.
+        is_restored: whether the run has looked for what it continues from.
         is_resumed: whether the run continues from a checkpoint.
         origin: how the run has started, for people; empty before.
         is_brought_back: whether ranks that were forked or spawned have ended, and left this.
@@ -179,19 +124,8 @@ class BaseTrainer(AbstractTrainer):
 
     def __init__(self, config: BaseTrainerConfig, *, fabric: world.Fabric | None = None) -> None:
         super().__init__(config, fabric=fabric)
-        defaults: dict[str, Callback | None] = {
-            "lr": LearningRateMonitor(),
-            "metrics": MetricLogger(),
-            "summary": RunSummary(),
-            "progress": ProgressBar(),
-            "checkpoint": CheckpointCallback(),
-            "timeline": Timeline(),
-        }
-        replaced = {name: config.callbacks.get(name, one) for name, one in defaults.items()}
-        added = {name: one for name, one in config.callbacks.items() if name not in defaults}
-        # Values are logged before they are collected, and saved after everything else is done.
         self.callbacks = CallbackList(
-            {"lr": replaced.pop("lr"), **added, **replaced}, foreign=self.world.callbacks
+            callbacks_of_a_run(config.callbacks), foreign=self.world.callbacks
         )
         self.loggers: dict[str, Logger] = {
             name: one for name, one in config.loggers.items() if one is not None
@@ -200,7 +134,8 @@ class BaseTrainer(AbstractTrainer):
             self.loggers.setdefault(f"fabric_{index}", one)
         self.metrics = MetricPhases(self)
         self.logged, self.measured = LoggedValues(), MeasuredValues()
-        self.began, self.resumed_from = 0.0, cast("str | None", None)
+        self.began = 0.0
+        self.resumed_from: str | None = None
         self.monitored = Monitored(self)
         self.is_running = self.is_fitting = self.is_resumed = False
         self.is_interrupted_between_batches = False
@@ -210,10 +145,10 @@ class BaseTrainer(AbstractTrainer):
         self._connect()
         self.validation_results: Mapping[str, float] = {}
         self.describe_config: Callable[[Any], str] = config_yaml
-        self.is_prepared = self._is_restored = False
+        self.is_prepared = self.is_restored = False
         self.streams = RunStreams(self.progress)
-        self._loaders: dict[str, ResumableLoader] = {}
-        self.window = AccumulationWindow(1, 1, _on_its_own)
+        self.adopted_loaders = AdoptedLoaders(self)
+        self.window = window_of_one()
         self.guard: StepGuard | None = None
 
     def _connect(self) -> None:
@@ -323,22 +258,7 @@ class BaseTrainer(AbstractTrainer):
             ConfigError: nothing would end the run, or the configuration cannot work.
             NonFiniteError: a loss, norm, parameter or optimizer state is not finite.
         """
-        if not self.training_parameters.is_limited:
-            raise ConfigError(
-                "training_parameters",
-                ["n_epochs, max_steps and max_time are all None, so nothing ends the run"],
-                "Set one of them.",
-            )
-        if self.is_in_step:
-            raise RuntimeError(
-                "an exception left this trainer in the middle of a training step. Make a new one: "
-                "it continues from the last checkpoint."
-            )
-        if self.is_brought_back:
-            raise RuntimeError(
-                "the ranks of this trainer have ended; what is here is what they left. Make a new "
-                "one: it continues from the last checkpoint."
-            )
+        require_fit(self)
         if self.world.starts_functions:
             with all_preserved():
                 bring_back(self, run_on_ranks(self, "fit"))
@@ -349,8 +269,8 @@ class BaseTrainer(AbstractTrainer):
             self.prepare()
             if self.writes_run_directory:
                 lock_run_directory(self, create=False)
-            was_restored = self._is_restored
-            self._restore(read_only=False)
+            was_restored = self.is_restored
+            restore_once(self, read_only=False)
             if self.writes_run_directory:
                 lock_run_directory(self, create=True)
                 open_run_directory(self)
@@ -387,15 +307,7 @@ class BaseTrainer(AbstractTrainer):
             ConfigError: there is no such checkpoint, or no loader.
             StateError: the checkpoint is of another model.
         """
-        if self.world.starts_functions:
-            outcome = run_on_ranks(self, "validate", checkpoint=checkpoint)
-            return cast("dict[str, float]", outcome.result)
-        with self._evaluation("validate", checkpoint):
-            if checkpoint is None and not (self.is_resumed or self.progress.num_batches):
-                self.world.print(f"no checkpoint in {self.run_directory}: these are fresh weights")
-            if self.loop.val_loader is None:
-                raise ConfigError("validate", ["val_dataloader is None"], "Return one.")
-            return self.loop.validate()
+        return evaluation.validate(self, checkpoint)
 
     def test(
         self, dataloader: Iterable[Any] | None = None, *, checkpoint: str | Path | None = None
@@ -412,12 +324,7 @@ class BaseTrainer(AbstractTrainer):
         Raises:
             ConfigError: there is no loader, or no such checkpoint.
         """
-        if self.world.starts_functions:
-            outcome = run_on_ranks(self, "test", dataloader, checkpoint=checkpoint)
-            return cast("dict[str, float]", outcome.result)
-        with self._evaluation("test", checkpoint):
-            loader = self._adopt(self._loader_of(dataloader, "test"), "test")
-            return self.loop.test(loader)
+        return evaluation.test(self, dataloader, checkpoint)
 
     def predict(
         self,
@@ -440,20 +347,7 @@ class BaseTrainer(AbstractTrainer):
         Raises:
             ConfigError: there is no loader, or no such checkpoint.
         """
-        if self.world.starts_functions:
-            if return_predictions:
-                raise ConfigError(
-                    "device_parameters",
-                    ["predict returns a part on each rank; this strategy starts them elsewhere"],
-                    "Predict with devices=1, or with a PredictionWriter and "
-                    "return_predictions=False.",
-                )
-            options = {"checkpoint": checkpoint, "return_predictions": False}
-            run_on_ranks(self, "predict", dataloader, **options)
-            return []
-        with self._evaluation("predict", checkpoint):
-            loader = self._adopt(self._loader_of(dataloader, "predict"), "predict")
-            return self.loop.predict(loader, keep=return_predictions)
+        return evaluation.predict(self, dataloader, checkpoint, return_predictions)
 
     def export(
         self,
@@ -486,15 +380,7 @@ class BaseTrainer(AbstractTrainer):
             ConfigError: the model cannot be exported, or the program computes something else.
         """
         options = {"model": model, "example": example, "overwrite": overwrite}
-        if self.world.starts_functions:
-            return cast(
-                "Path", run_on_ranks(self, "export", path, checkpoint=checkpoint, **options).result
-            )
-        # Only for those who ask for it.
-        from dream_trainer.trainer.export import export
-
-        with self._evaluation("export", checkpoint):
-            return export(self, Path(path), **options)
+        return evaluation.export(self, path, checkpoint, options)
 
     def summary(self, depth: int = 1) -> Overview:
         """What `fit` is about to do: ``print(trainer.summary())``. Nothing is loaded or written.
@@ -504,13 +390,7 @@ class BaseTrainer(AbstractTrainer):
         Args:
             depth: levels of modules below each model.
         """
-        if self.world.starts_functions:
-            return cast("Overview", run_on_ranks(self, "summary", depth).result)
-        if self.is_running:
-            return overview(self, foretell(self), depth)
-        with running(self):
-            self.prepare()
-            return overview(self, foretell(self), depth)
+        return evaluation.summary(self, depth)
 
     def backward(self, loss: Tensor, weight: Weight | None = None) -> None:
         """Backward pass, scaled so that the step's gradient is a mean over its window.
@@ -732,7 +612,7 @@ class BaseTrainer(AbstractTrainer):
     @property
     def num_train_batches(self) -> int | None:
         """Batches of a training epoch on this rank; None if the loader cannot tell."""
-        return self._adopted_train_loader().num_batches
+        return self.adopted_loaders.train.num_batches
 
     @property
     def num_training_steps(self) -> int:
@@ -741,10 +621,7 @@ class BaseTrainer(AbstractTrainer):
         Raises:
             ConfigError: neither ``max_steps`` nor ``n_epochs`` and a loader of known length say.
         """
-        loader = self._adopted_train_loader()
-        parameters, dp_size = self.training_parameters, self.world.dp_size
-        scheduler = accumulation_scheduler(self.callbacks)
-        return count_training_steps(loader, parameters, dp_size, scheduler)
+        return self.adopted_loaders.num_training_steps
 
     @property
     def run_directory(self) -> Path:
@@ -800,7 +677,7 @@ class BaseTrainer(AbstractTrainer):
         """
         self.prepare()
         apply_state(self, state_dict, strict)
-        self._is_restored = self.is_resumed = True
+        self.is_restored = self.is_resumed = True
         self.streams.lay_aside()
 
     def first_nonfinite(self) -> str | None:
@@ -829,17 +706,7 @@ class BaseTrainer(AbstractTrainer):
         if self.is_running:
             self.watch.join(self.world)
         self.place.enter("configure")
-        # A copy: another trainer with the same configuration gets a seed and a name of its own.
-        self.config = config = copy.copy(self.config)
-        # Drawn or named on rank 0: on its own each rank would come up with another.
-        if config.experiment is None:
-            from dream_trainer.world.launchers import job_id
-
-            job = job_id(self.world.ranks)
-            config.experiment = fresh_experiment_name(job, next(_runs_without_name))
-        if config.seed is None:
-            config.seed = recorded_or_new_seed(self.run_directory, self.checkpoint_parameters)
-        config.seed, config.experiment = self.world.broadcast((config.seed, config.experiment))
+        name_and_seed(self)
         seed_everything(self.seed)
         callbacks.pre_configure(self)
         self.configure()
@@ -872,15 +739,10 @@ class BaseTrainer(AbstractTrainer):
         self.checkpointer = checkpointing.Checkpointer(
             self.run_directory / "checkpoints", self.world, self.checkpoint_parameters
         )
-        dp_size, val = self.world.dp_size, self.val_dataloader
-        train = self._adopt(self.train_dataloader, "train_dataloader")
-        size = largest = self.training_parameters.accumulation(train.batch_size, dp_size)
-        if (scheduler := accumulation_scheduler(self.callbacks)) is not None:
-            scheduler.check(self.training_parameters)
-            largest = max(size, *scheduler.scheduling.values())
-        train.looks_ahead = largest > 1  # a window must know its last batch
-        self.window = AccumulationWindow(size, dp_size, self._sum_over_data_parallel)
-        val = None if val is None else self._adopt(val, "val_dataloader")
+        adopt, val = self.adopted_loaders.adopt, self.val_dataloader
+        train = adopt(self.train_dataloader, "train_dataloader")
+        self.window = window_over(self, train)
+        val = None if val is None else adopt(val, "val_dataloader")
         self.loop = FitLoop(self, train, val, self.window, self.clock)
 
     def forget_setup(self) -> None:
@@ -888,7 +750,7 @@ class BaseTrainer(AbstractTrainer):
         if self.is_prepared:
             del self._optimizer_steps, self._backward
             self.guard = None
-            self.window = AccumulationWindow(1, 1, _on_its_own)
+            self.window = window_of_one()
 
     def release(self) -> None:
         """Wait for the save under way, report it if it failed; end workers, let others in."""
@@ -899,59 +761,7 @@ class BaseTrainer(AbstractTrainer):
             finally:
                 self.lock.release()
 
-    def _restore(self, *, read_only: bool = True) -> None:
-        """Once: continue from a checkpoint, if there is one."""
-        if not self._is_restored:
-            self.place.enter("restore")
-            restore(self, read_only=read_only)
-            self._is_restored = True
-
-    @contextmanager
-    def _evaluation(self, purpose: str, checkpoint: str | Path | None) -> Iterator[None]:
-        """What surrounds a validation, test or prediction that somebody asks for."""
-        with evaluating_inside(self) if self.is_running else running(self):
-            self.prepare()
-            if checkpoint is None:
-                self._restore()
-                yield
-            else:
-                # Only for those who ask for it.
-                from dream_trainer.trainer.on_checkpoint import weights_of
-
-                with weights_of(self, checkpoint, purpose):
-                    yield
-
-    def _adopt(self, loader: Any, name: str) -> ResumableLoader:
-        parameters = self.training_parameters
-        return adopt_loader(loader, name, self.world, self.seed, parameters, self._loaders)
-
-    def _adopted_train_loader(self) -> ResumableLoader:
-        if self.is_prepared:
-            return self.loop.train_loader
-        return self._adopt(self.train_dataloader, "train_dataloader")  # setup has no loop yet
-
-    def _loader_of(self, given: Iterable[Any] | None, phase: Literal["test", "predict"]) -> Any:
-        made = getattr(self, f"{phase}_dataloader")() if given is None else given
-        if made is None:
-            raise ConfigError(
-                phase,
-                [f"{type(self).__name__} has no {phase}_dataloader"],
-                f"Write that method, or call {phase}(loader).",
-            )
-        return made
-
     @property
     def _has_summary(self) -> bool:
         """Whether a callback says how the run starts and ends."""
         return any(isinstance(self.callbacks[name], RunSummary) for name in self.callbacks)
-
-    def _sum_over_data_parallel(self, total: Tensor) -> Tensor:
-        if self.world.dp_size == 1:
-            return total
-        # Ranks that share samples add the same number, so the sum is too large by their count.
-        summed: Tensor = self.world.all_reduce(total, op="sum")
-        return summed / self.world.tp_size
-
-
-def _on_its_own(total: Tensor) -> Tensor:
-    return total

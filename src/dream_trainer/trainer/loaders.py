@@ -11,10 +11,58 @@ from dream_trainer.data import ResumableLoader
 from dream_trainer.errors import ConfigError
 
 if TYPE_CHECKING:
+    from dream_trainer.trainer.base import BaseTrainer
     from dream_trainer.world import DreamWorld
 
 #: Loaders that a run cannot do without, if they are there.
 _OF_A_RUN = ("train_dataloader", "val_dataloader")
+
+
+class AdoptedLoaders:
+    """The loaders of a trainer, attached to its ranks.
+
+    Args:
+        trainer: launched when they are asked for.
+    """
+
+    def __init__(self, trainer: BaseTrainer) -> None:
+        self._trainer = trainer
+        self._in_use: dict[str, ResumableLoader] = {}
+
+    def adopt(self, loader: Any, name: str) -> ResumableLoader:
+        """See `adopt_loader`. A collective."""
+        one = self._trainer
+        return adopt_loader(
+            loader, name, one.world, one.seed, one.training_parameters, self._in_use
+        )
+
+    def required(self, loader: Any, phase: str) -> ResumableLoader:
+        """Adopt the loader of a test or a prediction. A collective.
+
+        Raises:
+            ConfigError: it is None.
+        """
+        if loader is None:
+            raise ConfigError(
+                phase,
+                [f"{type(self._trainer).__name__} has no {phase}_dataloader"],
+                f"Write that method, or call {phase}(loader).",
+            )
+        return self.adopt(loader, phase)
+
+    @property
+    def train(self) -> ResumableLoader:
+        """The loader that the loop reads; setup has no loop yet."""
+        if self._trainer.is_prepared:
+            return self._trainer.loop.train_loader
+        return self.adopt(self._trainer.train_dataloader, "train_dataloader")
+
+    @property
+    def num_training_steps(self) -> int:
+        """See `count_training_steps`."""
+        loader, one = self.train, self._trainer
+        scheduler = accumulation_scheduler(one.callbacks)
+        return count_training_steps(loader, one.training_parameters, one.world.dp_size, scheduler)
 
 
 def adopt_loader(

@@ -60,6 +60,14 @@ def restore(trainer: BaseTrainer, *, read_only: bool) -> None:
         trainer.world.print(trainer.origin)
 
 
+def restore_once(trainer: BaseTrainer, *, read_only: bool) -> None:
+    """`restore`, if the trainer has not done so."""
+    if not trainer.is_restored:
+        trainer.place.enter("restore")
+        restore(trainer, read_only=read_only)
+        trainer.is_restored = True
+
+
 def foretell(trainer: BaseTrainer) -> str:
     """How `fit` would start. It looks at names only: checkpoints are read when they are loaded."""
     parameters, directory = trainer.checkpoint_parameters, trainer.run_directory
