@@ -173,7 +173,7 @@ def test_options_one_level_at_a_time(place: Path) -> None:
         ("--net ", ["Deep", "Net"]),
         ("--net.help ", ["Deep", "Net"]),
         ("--optimizer Adam", ["Adam", "AdamW", "Adamax"]),
-        ("--callbacks.ema E", ["Ema"]),
+        ("--callbacks.ema E", ["EMA", "EarlyStopping", "Ema"]),
         ("--callbacks.lr Lea", ["LearningRateMonitor"]),
         ("--callbacks.progress n", ["null"]),
         ("--preset ", ["debug", "slow", "quick"]),
