@@ -43,7 +43,7 @@ LAYERS = (
         "reductions",
         "schedules",
     ),
-    ("errors", "host_values", "lazy_names"),
+    ("errors", "host_values", "lazy_names", "words"),
 )
 TRAINERS = ("trainer.dream", "trainer.base")
 #: Doors: they only re-export what lies behind them.

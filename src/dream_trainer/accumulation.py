@@ -177,3 +177,9 @@ class AccumulationWindow:
         ahead: Sequence[int] = loader.num_samples_ahead(self.size - 1) or ()
         self._planned = 1 + len(ahead)
         self._num_samples = num_samples + sum(ahead)
+
+
+def no_loss(found: object) -> TypeError:
+    """The error of something that a backward pass cannot begin with."""
+    what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+    return TypeError(f"the loss is a tensor with one element, got {what}; call .mean()")

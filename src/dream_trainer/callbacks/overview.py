@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,11 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from dream_trainer.callbacks.screen import as_text
 from dream_trainer.configs import TrainingParameters
 from dream_trainer.data import ResumableLoader
 from dream_trainer.errors import ConfigError
 from dream_trainer.lazy_names import loading
 from dream_trainer.storage.sizes import size
+from dream_trainer.words import counted
 from dream_trainer.world.component_state import clean_name
 from dream_trainer.world.sharded import is_dtensor, is_fsdp_module
 
@@ -81,7 +82,7 @@ class Overview:
 
     def __str__(self) -> str:
         # The heading in one line: a path that is cut in two cannot be copied.
-        return f"{self.heading}\n{_as_text(_table(self), _PLAIN_WIDTH)}"
+        return f"{self.heading}\n{as_text(_table(self), width=_PLAIN_WIDTH)}"
 
     def __rich__(self) -> RenderableType:
         with loading():
@@ -100,7 +101,7 @@ class Overview:
     def line(self) -> str:
         """The most important in one line."""
         known = self.num_steps
-        steps = "" if known is None else f"{_counted(known, 'step')}, "
+        steps = "" if known is None else f"{counted(known, 'step')}, "
         return f"{self.heading}: {steps}{self.total.parameters:,} parameters, {self.devices}"
 
 
@@ -137,7 +138,7 @@ def _devices(world: DreamWorld) -> str:
     device, nodes = world.device, getattr(world.strategy, "num_nodes", 1)
     name = f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
     on_nodes = f" on {nodes} nodes" if nodes > 1 else ""
-    return f"{_counted(world.size, 'rank')}{on_nodes} on {name}"
+    return f"{counted(world.size, 'rank')}{on_nodes} on {name}"
 
 
 def _strategy_words(world: DreamWorld) -> str:
@@ -230,32 +231,28 @@ def _data(
 def _loader(loader: ResumableLoader, num_batches: int | None) -> str:
     batches = "an unknown number of batches"
     if num_batches is not None:
-        batches = _counted(num_batches, "batch", "batches")
+        batches = counted(num_batches, "batch", "batches")
     samples = loader.num_samples_in_epoch
     return batches if samples is None else f"{samples:,} samples, {batches}"
 
 
 def _batch(loader: ResumableLoader, world: DreamWorld, size: int) -> str:
     ranks, batch_size = world.dp_size, loader.batch_size
-    factors = f"{_counted(size, 'batch', 'batches')} x {_counted(ranks, 'data-parallel rank')}"
+    factors = f"{counted(size, 'batch', 'batches')} x {counted(ranks, 'data-parallel rank')}"
     if batch_size is None:
         return f"{factors} a step, of an unknown number of samples"
     total = batch_size * size * ranks
-    return f"{_counted(batch_size, 'sample')} x {factors} = {_counted(total, 'sample')} a step"
+    return f"{counted(batch_size, 'sample')} x {factors} = {counted(total, 'sample')} a step"
 
 
 def _length(parameters: TrainingParameters, num_steps: int | None) -> str:
     limits = [
-        _counted(parameters.n_epochs, "epoch") if parameters.n_epochs is not None else "",
+        counted(parameters.n_epochs, "epoch") if parameters.n_epochs is not None else "",
         f"max_steps {parameters.max_steps:,}" if parameters.max_steps is not None else "",
         f"max_time {parameters.max_time:,} s" if parameters.max_time is not None else "",
     ]
     words = ", ".join(filter(None, limits)) or "no end"
     return words if num_steps is None else f"{words}: {num_steps:,} optimizer steps"
-
-
-def _counted(number: int, one: str, several: str | None = None) -> str:
-    return f"{number:,} {one if number == 1 else several or f'{one}s'}"
 
 
 # ------------------------------------------------------------------ drawn
@@ -306,16 +303,6 @@ def _module_name(one: ModuleSize) -> str:
     name = last if one.depth else one.name
     kind = f" ({one.type})" if one.type else ""
     return "  " * one.depth + name + kind
-
-
-def _as_text(what: RenderableType, width: int) -> str:
-    with loading():
-        from rich.console import Console
-
-    console = Console(file=io.StringIO(), width=width, color_system=None)
-    console.print(what)
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]
-    return "\n".join(line.rstrip() for line in text.splitlines())
 
 
 def print_overview(what: Overview, console: Console) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dream_trainer.words import aligned
+
 #: What a step can be doing, in the order of a step.
 PHASES = (
     "loader",
@@ -177,12 +179,4 @@ def as_table(summary: Sequence[PhaseTime], title: str) -> str:
         )
     if not has_ranks:
         rows = [row[:-1] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if number else cell.ljust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join([title, *lines])
+    return "\n".join([title, *aligned(rows)])

@@ -10,6 +10,7 @@ from dream_trainer.callbacks.pace import duration_in_words
 from dream_trainer.callbacks.screen import new_console
 from dream_trainer.data import ResumableLoader
 from dream_trainer.errors import ConfigError
+from dream_trainer.loggers import LOG_NAME
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -128,7 +129,7 @@ class RunSummary(Callback):
             rows["best"] = f"{rules.monitor} {value:.4g} {at}"
         if newest is not None:
             rows["newest"] = str(newest.path.relative_to(directory))
-        if (log := directory / "metrics.jsonl").exists():
+        if (log := directory / LOG_NAME).exists():
             rows["log"] = log.name
         rows["view"] = f"dream-trainer report {directory}"
         return rows

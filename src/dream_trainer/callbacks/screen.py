@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -49,6 +50,18 @@ class Screen(Protocol):
 
     def close(self) -> None:
         """Take away what is drawn."""
+
+
+def as_text(*parts: RenderableType, width: int) -> str:
+    """What is drawn in colours on a terminal, in plain text of so many columns."""
+    with loading():
+        from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    for part in parts:
+        console.print(part)
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in text.splitlines())
 
 
 def new_console() -> Console:

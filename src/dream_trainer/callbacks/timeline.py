@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dream_trainer.callbacks.callback import Callback
 from dream_trainer.callbacks.checkpoint import BegunSave, CheckpointCallback
-from dream_trainer.loggers import TimelineFile
+from dream_trainer.loggers import TIMELINE_NAME, TimelineFile
 
 if TYPE_CHECKING:
     from dream_trainer.coordination import CountingPlace
@@ -61,7 +61,7 @@ class Timeline(Callback):
         self._savers = [one for one in all_callbacks if isinstance(one, CheckpointCallback)]
         self._begun = [one.begun for one in self._savers]
         if trainer.writes_run_directory:
-            self._file = TimelineFile(trainer.run_directory / "timeline.jsonl")
+            self._file = TimelineFile(trainer.run_directory / TIMELINE_NAME)
         self._write(
             trainer,
             "start",

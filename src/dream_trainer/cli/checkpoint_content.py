@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from dream_trainer.checkpointing import StoredCheckpoint
 from dream_trainer.checkpointing.inventory import ListedCheckpoint
 from dream_trainer.checkpointing.places import find_checkpoint, run_of
-from dream_trainer.cli.tables import counted, moment, number, print_heading, print_table
+from dream_trainer.cli.tables import moment, number, print_heading, print_table
 from dream_trainer.configs.differing import ABSENT, differing
 from dream_trainer.errors import CheckpointError, ConfigError
 from dream_trainer.storage import Manifest
 from dream_trainer.storage.sizes import size
+from dream_trainer.words import counted
 
 if TYPE_CHECKING:
     from dream_trainer.checkpointing.contents import Part

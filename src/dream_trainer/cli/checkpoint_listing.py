@@ -11,9 +11,10 @@ from pathlib import Path
 
 from dream_trainer.checkpointing.inventory import ListedCheckpoint, RunFolder
 from dream_trainer.checkpointing.places import find_runs
-from dream_trainer.cli.tables import counted, moment, number, print_heading, print_table
+from dream_trainer.cli.tables import moment, number, print_heading, print_table
 from dream_trainer.errors import ConfigError
 from dream_trainer.storage.sizes import size
+from dream_trainer.words import counted
 
 _NUMBERS = ("Epoch", "Size", "Ranks")
 

@@ -12,10 +12,11 @@ from dream_trainer.checkpointing import StoredCheckpoint
 from dream_trainer.checkpointing.inventory import RunFolder, stored
 from dream_trainer.checkpointing.places import find_runs
 from dream_trainer.checkpointing.pruning import Pruning, carry_out, nobody_trains, plan_pruning
-from dream_trainer.cli.tables import counted, moment, number, print_heading, print_table
+from dream_trainer.cli.tables import moment, number, print_heading, print_table
 from dream_trainer.configs import CheckpointParameters
 from dream_trainer.errors import ConfigError
 from dream_trainer.storage.sizes import size
+from dream_trainer.words import counted
 
 
 def prune(given: argparse.Namespace) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dream_trainer.cli.tables import (
-    counted,
     moment,
     number,
     print_heading,
@@ -17,6 +16,7 @@ from dream_trainer.cli.tables import (
     until_nobody_reads,
 )
 from dream_trainer.errors import ConfigError
+from dream_trainer.words import counted, duration, percent
 
 if TYPE_CHECKING:
     from dream_trainer.checkpointing.inventory import RunFolder
@@ -148,8 +148,6 @@ def _print_run(run: RunFolder, report: RunReport) -> None:
 
 
 def _print_goodput(goodput: Goodput) -> None:
-    from dream_trainer.reporting.words import duration, percent
-
     wall = goodput.wall or 1.0
     parts = sorted(goodput.parts.items(), key=lambda part: -part[1])
     told = [
@@ -186,7 +184,6 @@ def _cells(point: tuple[float, int] | None) -> tuple[str, str]:
 
 def _print_comparison(reports: Sequence[RunReport]) -> None:
     from dream_trainer.reporting.run_view import short_names
-    from dream_trainer.reporting.words import percent
 
     shown = reports[:_MOST_SIDE_BY_SIDE]
     if len(reports) > len(shown):

@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
+from dream_trainer.words import aligned
+
 _WIDEST = 10_000
 _PIPE_STATUS = 141  # as a shell reports a program that SIGPIPE has ended
 
@@ -25,7 +27,8 @@ def print_table(columns: Sequence[str], rows: Rows, right: Sequence[str] = ()) -
     if sys.stdout.isatty():
         _print_rich(columns, rows, right)
     else:
-        print("\n".join(_aligned(columns, rows, right)))
+        left = [index for index, name in enumerate(columns) if name not in right]
+        print("\n".join(aligned([columns, *rows], left)))
 
 
 @contextlib.contextmanager
@@ -57,11 +60,6 @@ def moment(saved_at: str | None) -> str:
     return saved_at[:16].replace("T", " ") if saved_at else "-"
 
 
-def counted(number: int, noun: str) -> str:
-    """``1 file``, ``2 files``."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
-
-
 def _print_rich(columns: Sequence[str], rows: Rows, right: Sequence[str]) -> None:
     # Here, because it takes longer to load than a listing takes.
     from rich.console import Console
@@ -80,15 +78,3 @@ def _print_rich(columns: Sequence[str], rows: Rows, right: Sequence[str]) -> Non
     wide = console.options.update(max_width=_WIDEST)
     console.width = max(console.width, console.measure(table, options=wide).maximum)
     console.print(table)
-
-
-def _aligned(columns: Sequence[str], rows: Rows, right: Sequence[str]) -> list[str]:
-    lines = [tuple(columns), *map(tuple, rows)]
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if name in right else cell.ljust(width)
-            for cell, width, name in zip(line, widths, columns, strict=True)
-        ).rstrip()
-        for line in lines
-    ]

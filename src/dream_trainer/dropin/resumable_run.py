@@ -29,7 +29,7 @@ from dream_trainer.dropin.objects import NamedObjects
 from dream_trainer.dropin.reading import Reading, reading_of
 from dream_trainer.errors import CheckpointError, ConfigError, StateError
 from dream_trainer.host_values import Value
-from dream_trainer.loggers import purge_after
+from dream_trainer.loggers import LOG_NAME, purge_after
 from dream_trainer.metrics import LoggedValues
 from dream_trainer.progress import place_in_words
 from dream_trainer.randomness import rng_state, set_rng_state
@@ -205,9 +205,7 @@ class ResumableRun:
             self.is_resumed, self._saved_at = True, (self.step, self.epoch)
             world.print(f"resuming {self.directory} at {self._progress_in_words}")
         writes = world.is_global_zero
-        self._rows.open(
-            self.directory / "metrics.jsonl" if writes else None, goes_on=loaded is not None
-        )
+        self._rows.open(self.directory / LOG_NAME if writes else None, goes_on=loaded is not None)
         for logger in world.loggers if writes and loaded is not None else ():
             purge_after(logger, self.step)
 

@@ -12,6 +12,7 @@ import torch
 from dream_trainer.errors import ConfigError
 from dream_trainer.inspection.compile_log import CompileLog, GraphBreak, Recompilation
 from dream_trainer.inspection.throw_away import Answer, ChangedBatches, run_thrown_away
+from dream_trainer.words import counted
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer, BaseTrainerConfig
@@ -175,5 +176,4 @@ def _tensors(batch: Any) -> list[torch.Tensor]:
 def _counted(found: tuple[GraphBreak, ...] | tuple[Recompilation, ...], noun: str) -> str:
     if not found:
         return f"no {noun}"
-    times = sum(one.times for one in found)
-    return f"{times} {noun}{'s' * (times != 1)}"
+    return counted(sum(one.times for one in found), noun)

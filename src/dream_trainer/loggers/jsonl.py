@@ -14,6 +14,9 @@ from pathlib import Path
 
 from dream_trainer.storage import move_aside
 
+#: In a run's directory.
+LOG_NAME = "metrics.jsonl"
+
 
 class JsonlLog:
     """Appends rows to a file whose length is part of a run's state.

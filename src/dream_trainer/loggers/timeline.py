@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+#: In a run's directory.
+TIMELINE_NAME = "timeline.jsonl"
+
 
 class TimelineFile:
     """Appends events to a file, each in one write; an error is told once and ends nothing.

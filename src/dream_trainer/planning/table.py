@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from dream_trainer.callbacks import screen
 from dream_trainer.planning.epochs import LoaderPlan
 from dream_trainer.planning.holdings import whole_bytes
 from dream_trainer.planning.run_plan import RunPlan
@@ -28,10 +28,7 @@ def print_plan(plan: RunPlan, console: Console) -> None:
 
 def as_text(plan: RunPlan, width: int = 80) -> str:
     """A plan in plain text, in lines of so many columns where names allow it."""
-    console = Console(file=io.StringIO(), width=width, color_system=None)
-    print_plan(plan, console)
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]
-    return "\n".join(line.rstrip() for line in text.splitlines())
+    return screen.as_text(*_parts(plan), width=width)
 
 
 def _parts(plan: RunPlan) -> Iterator[RenderableType]:

@@ -18,8 +18,8 @@ from dream_trainer.reporting.page_data import page_data
 from dream_trainer.reporting.page_summary import cards, problem_section
 from dream_trainer.reporting.page_time import time_section
 from dream_trainer.reporting.run_view import RunView
-from dream_trainer.reporting.words import counted
 from dream_trainer.storage.atomic import write_text
+from dream_trainer.words import counted
 
 #: Points of a curve on a page: about twice as many as a wide screen has columns.
 MOST_POINTS = 4000

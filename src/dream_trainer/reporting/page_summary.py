@@ -8,7 +8,7 @@ from html import escape
 from dream_trainer.reporting.page_html import clock, moment, run_dot, told
 from dream_trainer.reporting.run_report import RunReport
 from dream_trainer.reporting.run_view import RunView
-from dream_trainer.reporting.words import duration, percent
+from dream_trainer.words import duration, percent
 
 
 def cards(views: Sequence[RunView]) -> str:

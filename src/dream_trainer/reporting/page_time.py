@@ -8,7 +8,7 @@ from html import escape
 from dream_trainer.reporting.goodput import PARTS, Attempt, Goodput
 from dream_trainer.reporting.page_html import clock, run_dot, table
 from dream_trainer.reporting.run_view import RunView
-from dream_trainer.reporting.words import duration, percent
+from dream_trainer.words import duration, percent
 
 #: More moments on a strip than this are a grey wall.
 _MOST_TICKS = 2000

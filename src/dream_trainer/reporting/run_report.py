@@ -13,12 +13,11 @@ from typing import Any
 
 from dream_trainer.checkpointing.inventory import ListedCheckpoint, RunFolder, read_config
 from dream_trainer.configs.differing import ABSENT, differing
-from dream_trainer.loggers import JsonlLog
+from dream_trainer.loggers import LOG_NAME, TIMELINE_NAME, JsonlLog
 from dream_trainer.reporting.curves import CurveCollector
 from dream_trainer.reporting.goodput import Goodput, measure_goodput
-from dream_trainer.reporting.timeline import TIMELINE_NAME, read_timeline
+from dream_trainer.reporting.timeline import read_timeline
 
-LOG_NAME = "metrics.jsonl"
 _SUPERSEDED = re.compile(r".*\.superseded-(\d+)")
 _PLACE = ("step", "epoch")
 

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-TIMELINE_NAME = "timeline.jsonl"
-
 
 @dataclass(frozen=True)
 class Moment:

@@ -17,6 +17,7 @@ from dream_trainer import world
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.errors import ConfigError, UnknownComponentError
 from dream_trainer.progress import Progress
+from dream_trainer.schedules import Schedule
 from dream_trainer.world.wrappers import unwrap
 
 T = TypeVar("T")
@@ -139,6 +140,14 @@ class AbstractTrainer(ABC):
     def named_schedulers(self) -> Mapping[str, LRScheduler] | None:
         """Name -> learning-rate scheduler; None if there are none."""
 
+    def named_schedules(self) -> Mapping[str, Schedule]:
+        """When each of `named_schedulers` steps; the default is after each optimizer step.
+
+        Raises:
+            ConfigError: a scheduler cannot step so.
+        """
+        return {name: Schedule.of(one) for name, one in (self.named_schedulers() or {}).items()}
+
     @abstractmethod
     def get_module(self, fqn: str) -> nn.Module:
         """The module at ``"model.path.to.module"``."""
@@ -203,6 +212,15 @@ class AbstractTrainer(ABC):
             if unwrap(scheduler.optimizer) is unwrap(optimizer):
                 return scheduler
         return None
+
+    def schedulers_of(self, optimizer: Optimizer) -> list[Any]:
+        """All schedulers that drive an optimizer, whoever steps them.
+
+        Args:
+            optimizer: as made or as wrapped.
+        """
+        every: Iterable[Any] = (self.named_schedulers() or {}).values()
+        return [one for one in every if unwrap(one.optimizer) is unwrap(optimizer)]
 
 
 def _name_of(wanted: Any, named: Mapping[str, Any], kind: str) -> str:

@@ -12,25 +12,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dream_trainer import checkpointing, world
-from dream_trainer.accumulation import Weight
-from dream_trainer.callbacks import CallbackList, RunSummary
+from dream_trainer.accumulation import Weight, no_loss
+from dream_trainer.callbacks import CallbackList
 from dream_trainer.callbacks.overview import Overview
-from dream_trainer.callbacks.run_summary import end_line
 from dream_trainer.configs import CheckpointParameters, Link, TrainingParameters
 from dream_trainer.configs.differing import flattened
 from dream_trainer.configs.yaml_text import load_yaml
-from dream_trainer.coordination import Interruption, Place, RankWatch, StopAgreement
 from dream_trainer.errors import ConfigError
 from dream_trainer.host_values import Value
 from dream_trainer.loggers import Logger
 from dream_trainer.loop import FitLoop
 from dream_trainer.measured import MeasuredValues
 from dream_trainer.metrics import LoggedValues
-from dream_trainer.randomness import all_preserved, seed_everything
 from dream_trainer.reductions import Reduce
-from dream_trainer.schedules import Schedule
 from dream_trainer.storage.run_lock import RunLock
-from dream_trainer.trainer import evaluation
+from dream_trainer.trainer import evaluation, fitting, preparation, state
 from dream_trainer.trainer.abstract import AbstractTrainer
 from dream_trainer.trainer.base_config import BaseTrainerConfig
 from dream_trainer.trainer.closing import close
@@ -42,28 +38,10 @@ from dream_trainer.trainer.metric_phases import MetricPhases
 from dream_trainer.trainer.monitored import Monitored
 from dream_trainer.trainer.nonfinite import StepGuard
 from dream_trainer.trainer.optimizer_steps import OptimizerSteps
-from dream_trainer.trainer.preparation import (
-    name_and_seed,
-    require_fit,
-    window_of_one,
-    window_over,
-)
 from dream_trainer.trainer.presets import Preset, debug, overfit
-from dream_trainer.trainer.ranks_elsewhere import bring_back, run_on_ranks
-from dream_trainer.trainer.restore import lock_run_directory, open_run_directory, restore_once
 from dream_trainer.trainer.run_directory import config_yaml
 from dream_trainer.trainer.run_streams import RunStreams
-from dream_trainer.trainer.running import running
 from dream_trainer.trainer.scheduler_steps import SchedulerSteps
-from dream_trainer.trainer.state import (
-    OwnState,
-    apply_state,
-    check_finite,
-    first_nonfinite,
-    gather_state,
-    seed_rank,
-)
-from dream_trainer.world.wrappers import unwrap
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -142,27 +120,14 @@ class BaseTrainer(AbstractTrainer):
         self.is_brought_back = self.is_closed = False
         self.stop_reason: str | None = None
         self.origin = ""
-        self._connect()
+        self.place, self.watch, self.interruption = preparation.connected(config)
         self.validation_results: Mapping[str, float] = {}
         self.describe_config: Callable[[Any], str] = config_yaml
         self.is_prepared = self.is_restored = False
         self.streams = RunStreams(self.progress)
         self.adopted_loaders = AdoptedLoaders(self)
-        self.window = window_of_one()
+        self.window = preparation.window_of_one()
         self.guard: StepGuard | None = None
-
-    def _connect(self) -> None:
-        """Make what looks at the other ranks and at signals."""
-        self.place = Place()
-        agreement = StopAgreement(lambda: self.watch.require_all())
-        timeout = self.config.device_parameters.failure_timeout_seconds
-        self.watch = RankWatch(self.place, agreement, timeout)
-        self.interruption = Interruption(
-            agreement,
-            self.training_parameters.preemption_signals,
-            self.training_parameters.grace_seconds,
-            is_pointless=self.watch.look_now,
-        )
 
     def __getstate__(self) -> dict[str, Any]:
         # Locks cannot be sent to a spawned rank, which makes its own.
@@ -170,7 +135,7 @@ class BaseTrainer(AbstractTrainer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._connect()
+        self.place, self.watch, self.interruption = preparation.connected(self.config)
 
     # ------------------------------------------------------------------ what users write
 
@@ -203,23 +168,6 @@ class BaseTrainer(AbstractTrainer):
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         """One batch to predict on; what it returns is collected."""
         raise NotImplementedError(f"{type(self).__name__} has no predict_step; write one")
-
-    def named_schedules(self) -> Mapping[str, Schedule]:
-        """When each of `named_schedulers` steps; the default is after each optimizer step.
-
-        Raises:
-            ConfigError: a scheduler cannot step so.
-        """
-        return {name: Schedule.of(one) for name, one in (self.named_schedulers() or {}).items()}
-
-    def schedulers_of(self, optimizer: Optimizer) -> list[Any]:
-        """All schedulers that drive an optimizer, whoever steps them.
-
-        Args:
-            optimizer: as made or as wrapped.
-        """
-        every: Iterable[Any] = (self.named_schedulers() or {}).values()
-        return [one for one in every if unwrap(one.optimizer) is unwrap(optimizer)]
 
     def test_dataloader(self) -> Iterable[Any] | None:
         """Make the loader of `test`; called when it runs without one."""
@@ -258,38 +206,7 @@ class BaseTrainer(AbstractTrainer):
             ConfigError: nothing would end the run, or the configuration cannot work.
             NonFiniteError: a loss, norm, parameter or optimizer state is not finite.
         """
-        require_fit(self)
-        if self.world.starts_functions:
-            with all_preserved():
-                bring_back(self, run_on_ranks(self, "fit"))
-            return
-        self.began = time.time()
-        with running(self):
-            self.stop_reason = None
-            self.prepare()
-            if self.writes_run_directory:
-                lock_run_directory(self, create=False)
-            was_restored = self.is_restored
-            restore_once(self, read_only=False)
-            if self.writes_run_directory:
-                lock_run_directory(self, create=True)
-                open_run_directory(self)
-            if was_restored and self.progress.num_batches:
-                self.origin = end_line(self, "going on")
-            if self.origin and not self._has_summary:
-                self.world.print(self.origin)
-            self.is_fitting = True
-            self.callbacks.pre_fit(self)
-            self.loop.sanity_check()
-            # The streams of the first step depend on the seed, or on the checkpoint, alone.
-            if not self.streams.take_up() and not self.progress.num_batches:
-                seed_rank(self)
-            self.loop.run()
-            self.place.enter("end")
-            self.callbacks.post_fit(self)
-            self.checkpointer.wait()
-        if not self._has_summary:
-            self.world.print(end_line(self, self.stop_reason or "done"))
+        fitting.fit(self)
 
     def validate(self, checkpoint: str | Path | None = None) -> dict[str, float]:
         """Validate once, on the state that `fit` would continue from.
@@ -401,10 +318,7 @@ class BaseTrainer(AbstractTrainer):
                 gradient is then the weighted mean over the window and all data-parallel ranks.
         """
         if not isinstance(loss, Tensor) or loss.numel() != 1:
-            found = (
-                f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            )
-            raise TypeError(f"the loss is a tensor with one element, got {found}; call .mean()")
+            raise no_loss(loss)
         place = self.place
         if self.guard is not None:
             self.guard.note_loss(loss)
@@ -446,10 +360,7 @@ class BaseTrainer(AbstractTrainer):
         Raises:
             ValueError: there is no such reduction, or a weight for another one than the mean.
         """
-        if reduce == "mean":
-            self.logged.add({name: value}, 1.0 if weight is None else weight)
-        else:
-            self.log_dict({name: value}, reduce=reduce, weight=weight)
+        self.logged.log({name: value}, reduce, weight)
 
     def log_dict(
         self,
@@ -459,13 +370,7 @@ class BaseTrainer(AbstractTrainer):
         weight: Value | None = None,
     ) -> None:
         """Log values with the step under way; see `log`."""
-        if reduce == "mean":
-            self.logged.add(values, 1.0 if weight is None else weight)
-            return
-        if weight is not None:
-            raise ValueError(f"a weight counts in means, and {', '.join(values)} is a {reduce}")
-        for name, value in values.items():
-            self.logged.add_reduced(name, value, reduce)
+        self.logged.log(values, reduce, weight)
 
     def log_measured(self, name: str, value: Value, *, reduce: Reduce = "mean") -> None:
         """Log what a clock or a meter says: no two runs have the same, so no exact log has it.
@@ -527,8 +432,8 @@ class BaseTrainer(AbstractTrainer):
             NonFiniteError: something in the state is not finite.
         """
         self.place.enter("save")
-        state = self.checked_state_dict()
-        self.checkpointer.write(path, state, step=self.global_step, epoch=self.current_epoch)
+        step, epoch = self.global_step, self.current_epoch
+        self.checkpointer.write(path, self.checked_state_dict(), step=step, epoch=epoch)
 
     def load_checkpoint(self, path: str | Path, strict: bool = True) -> None:
         """Continue from a checkpoint directory, whatever strategy and ranks wrote it.
@@ -539,7 +444,7 @@ class BaseTrainer(AbstractTrainer):
         """
         self.prepare()
         loaded = self.checkpointer.load(path, self.components.template())
-        self.load_state_dict(OwnState(loaded.state), strict)
+        self.load_state_dict(state.OwnState(loaded.state), strict)
         self.resumed_from = loaded.path.name
 
     def plot(self, *names: str, x: Literal["step", "time"] = "step", log: bool = False) -> Figure:
@@ -662,7 +567,7 @@ class BaseTrainer(AbstractTrainer):
             NonFiniteError: a pending loss or gradient norm is not finite.
         """
         self.prepare()
-        return gather_state(self)
+        return state.gather_state(self)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
         """Continue from what `state_dict` gave, under any strategy. It is not changed.
@@ -676,13 +581,13 @@ class BaseTrainer(AbstractTrainer):
             StateError: listing everything that does not fit, with its path.
         """
         self.prepare()
-        apply_state(self, state_dict, strict)
+        state.apply_state(self, state_dict, strict)
         self.is_restored = self.is_resumed = True
         self.streams.lay_aside()
 
     def first_nonfinite(self) -> str | None:
         """Name of a parameter, or optimizer state, that is NaN or infinite. A collective."""
-        return first_nonfinite(self)
+        return state.first_nonfinite(self)
 
     def checked_state_dict(self) -> dict[str, Any]:
         """`state_dict`, if it may be saved as good.
@@ -690,33 +595,16 @@ class BaseTrainer(AbstractTrainer):
         Raises:
             NonFiniteError: on every rank, if something on any rank is not finite.
         """
-        state = self.state_dict()
-        check_finite(self)
-        return state
+        whole = self.state_dict()
+        state.check_finite(self)
+        return whole
 
     # ------------------------------------------------------------------ lifecycle
 
     def prepare(self) -> None:
         """Launch, seed, configure and set up, once. Everything that needs components calls it."""
-        if self.is_prepared:
-            return
-        callbacks = self.callbacks
-        callbacks.pre_launch(self)
-        self.world.launch()
-        if self.is_running:
-            self.watch.join(self.world)
-        self.place.enter("configure")
-        name_and_seed(self)
-        seed_everything(self.seed)
-        callbacks.pre_configure(self)
-        self.configure()
-        callbacks.post_configure(self)
-        self.place.enter("setup")
-        callbacks.pre_setup(self)
-        self.setup()
-        self._bind()
-        self.is_prepared = True
-        callbacks.post_setup(self)
+        if not self.is_prepared:
+            preparation.prepare(self, self._bind)
 
     @property
     def seed(self) -> int:
@@ -741,7 +629,7 @@ class BaseTrainer(AbstractTrainer):
         )
         adopt, val = self.adopted_loaders.adopt, self.val_dataloader
         train = adopt(self.train_dataloader, "train_dataloader")
-        self.window = window_over(self, train)
+        self.window = preparation.window_over(self, train)
         val = None if val is None else adopt(val, "val_dataloader")
         self.loop = FitLoop(self, train, val, self.window, self.clock)
 
@@ -750,18 +638,9 @@ class BaseTrainer(AbstractTrainer):
         if self.is_prepared:
             del self._optimizer_steps, self._backward
             self.guard = None
-            self.window = window_of_one()
+            self.window = preparation.window_of_one()
 
     def release(self) -> None:
         """Wait for the save under way, report it if it failed; end workers, let others in."""
         if self.is_prepared:
-            try:
-                self.checkpointer.report(wait=True)
-                self.loop.close()
-            finally:
-                self.lock.release()
-
-    @property
-    def _has_summary(self) -> bool:
-        """Whether a callback says how the run starts and ends."""
-        return any(isinstance(self.callbacks[name], RunSummary) for name in self.callbacks)
+            preparation.release(self)

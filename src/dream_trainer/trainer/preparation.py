@@ -1,54 +1,77 @@
-"""What `prepare` settles before a trainer has components, and the window that its steps share."""
+"""Before the first step of a trainer: launched, named, seeded, set up; and what is let go of."""
 
 from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from dream_trainer.accumulation import AccumulationWindow
-from dream_trainer.errors import ConfigError
+from dream_trainer.coordination import Interruption, Place, RankWatch, StopAgreement
+from dream_trainer.randomness import seed_everything
 from dream_trainer.trainer.loaders import accumulation_scheduler
 from dream_trainer.trainer.run_directory import fresh_experiment_name, recorded_or_new_seed
 
 if TYPE_CHECKING:
     from dream_trainer.data import ResumableLoader
     from dream_trainer.trainer.base import BaseTrainer
+    from dream_trainer.trainer.base_config import BaseTrainerConfig
     from dream_trainer.world import DreamWorld
 
 #: The next one without a name in this process, as in every restart of its job.
 _runs_without_name = itertools.count()
 
 
-def require_fit(trainer: BaseTrainer) -> None:
-    """Refuse a `fit` that would not end, or that has nothing to go on from.
+def connected(config: BaseTrainerConfig) -> tuple[Place, RankWatch, Interruption]:
+    """What looks at the other ranks and at signals."""
+    place, parameters = Place(), config.training_parameters
+    agreement = StopAgreement(lambda: watch.require_all())
+    watch = RankWatch(place, agreement, config.device_parameters.failure_timeout_seconds)
+    signals, grace = parameters.preemption_signals, parameters.grace_seconds
+    interruption = Interruption(agreement, signals, grace, is_pointless=watch.look_now)
+    return place, watch, interruption
 
-    Raises:
-        ConfigError: nothing would end the run.
-        RuntimeError: the trainer cannot be used again.
+
+def prepare(trainer: BaseTrainer, bind: Callable[[], None]) -> None:
+    """See `BaseTrainer.prepare`.
+
+    Args:
+        trainer: as made.
+        bind: called once there are components.
     """
-    if not trainer.training_parameters.is_limited:
-        raise ConfigError(
-            "training_parameters",
-            ["n_epochs, max_steps and max_time are all None, so nothing ends the run"],
-            "Set one of them.",
-        )
-    if trainer.is_in_step:
-        raise RuntimeError(
-            "an exception left this trainer in the middle of a training step. Make a new one: "
-            "it continues from the last checkpoint."
-        )
-    if trainer.is_brought_back:
-        raise RuntimeError(
-            "the ranks of this trainer have ended; what is here is what they left. Make a new "
-            "one: it continues from the last checkpoint."
-        )
+    callbacks = trainer.callbacks
+    callbacks.pre_launch(trainer)
+    trainer.world.launch()
+    if trainer.is_running:
+        trainer.watch.join(trainer.world)
+    trainer.place.enter("configure")
+    _name_and_seed(trainer)
+    seed_everything(trainer.seed)
+    callbacks.pre_configure(trainer)
+    trainer.configure()
+    callbacks.post_configure(trainer)
+    trainer.place.enter("setup")
+    callbacks.pre_setup(trainer)
+    trainer.setup()
+    bind()
+    trainer.is_prepared = True
+    callbacks.post_setup(trainer)
 
 
-def name_and_seed(trainer: BaseTrainer) -> None:
+def release(trainer: BaseTrainer) -> None:
+    """See `BaseTrainer.release`."""
+    try:
+        trainer.checkpointer.report(wait=True)
+        trainer.loop.close()
+    finally:
+        trainer.lock.release()
+
+
+def _name_and_seed(trainer: BaseTrainer) -> None:
     """Give a run without a name or a seed one of its own. A collective."""
     # A copy: another trainer with the same configuration gets a seed and a name of its own.
     trainer.config = config = copy.copy(trainer.config)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dream_trainer.tuning.pictures import axes_for, save_picture
+from dream_trainer.words import aligned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -141,13 +142,6 @@ class BatchSizeResult:
     def __str__(self) -> str:
         head = ("size", "", "samples/s", "MiB")
         rows = [head, *(one.cells() for one in sorted(self.trials, key=lambda one: one.size))]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if column == 1 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
+        lines = aligned(rows, left=(1,))
         lines.append(f"largest that fits {self.largest}; efficient from {self.efficient}")
         return "\n".join(lines)

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import zip_longest
 
+from dream_trainer.loggers import LOG_NAME
 from dream_trainer.verification.diagnosis import Evidence
 from dream_trainer.verification.observer import Leaves, Observation, Place
 from dream_trainer.verification.report import Difference
-from dream_trainer.verification.runs import LOG_NAME, Run
+from dream_trainer.verification.runs import Run
 
 #: What comes first in a step is named first: the rest follows from it.
 _ORDER = ("rng", "models", "optimizers", "schedulers", "precision", "trainer", "dataloaders")

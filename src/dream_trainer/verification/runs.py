@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from dream_trainer.callbacks import CallbackList
 from dream_trainer.errors import ConfigError
+from dream_trainer.loggers import LOG_NAME
 from dream_trainer.trainer.base import BaseTrainer, BaseTrainerConfig
 from dream_trainer.verification.observer import Observation, Observer, Place
 from dream_trainer.verification.processes import (
@@ -30,7 +31,6 @@ from dream_trainer.verification.processes import (
     use_one_thread,
 )
 
-LOG_NAME = "metrics.jsonl"
 #: Name of the observer among the trainer's callbacks.
 _NAME = "verify-resume"
 
