@@ -17,6 +17,7 @@ LAYERS = (
     ("__main__",),
     ("cli", "testing"),
     (
+        "aside",
         "dropin",
         "inspection",
         "lightning_modules",

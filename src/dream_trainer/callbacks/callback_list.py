@@ -86,6 +86,10 @@ class CallbackList(Callback):
         """The same callbacks, after another one."""
         return type(self)({name: callback, **self._callbacks}, self._foreign)
 
+    def followed_by(self, name: str, callback: Callback) -> CallbackList:
+        """The same callbacks, before another one."""
+        return type(self)({**self._callbacks, name: callback}, self._foreign)
+
     def __getitem__(self, name: str) -> Callback:
         return self._callbacks[name]
 

@@ -11,9 +11,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from dream_trainer.aside import nothing_on_disk, require_trainer, steps_alone
 from dream_trainer.callbacks import Callback
 from dream_trainer.errors import ConfigError
 from dream_trainer.trainer.base import BaseTrainer, BaseTrainerConfig
+from dream_trainer.trainer.default_callbacks import ON_SCREEN
 
 if TYPE_CHECKING:
     from dream_trainer.data import ResumableLoader
@@ -69,19 +71,8 @@ def run_thrown_away(
         ConfigError: it makes no trainer of this package, or the run came to no answer.
     """
     made = copy.copy(config)
-    made.training_parameters = dataclasses.replace(
-        config.training_parameters,
-        n_epochs=None,
-        max_steps=steps,
-        max_time=None,
-        val_every_n_epochs=None,
-        val_every_n_steps=None,
-        num_sanity_val_steps=0,
-        **training,
-    )
-    made.checkpoint_parameters = dataclasses.replace(
-        config.checkpoint_parameters, enable=False, resume="never"
-    )
+    made.training_parameters = steps_alone(config.training_parameters, steps, **training)
+    made.checkpoint_parameters = nothing_on_disk(config.checkpoint_parameters)
     if compile_model is not None:
         made.device_parameters = dataclasses.replace(
             config.device_parameters, compile_model=compile_model
@@ -94,18 +85,11 @@ def run_thrown_away(
         made.callbacks = {
             "inspection_folder": _RunDirectory(),
             **_copies(config.callbacks),
-            "summary": None,
-            "progress": None,
+            **dict.fromkeys(ON_SCREEN),
             **(callbacks or {}),
             "inspection": answer,
         }
-        trainer = make_trainer(made)
-        if not isinstance(trainer, BaseTrainer):
-            raise ConfigError(
-                "make_trainer",
-                [f"it returned a {type(trainer).__name__}"],
-                "Pass a subclass of BaseTrainer, or a function from a configuration to a trainer.",
-            )
+        trainer = require_trainer(make_trainer(made))
         trainer.fit()
         told = sorted(answer.folder.iterdir())
         if not told:

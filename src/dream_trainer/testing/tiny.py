@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 
 from dream_trainer.configs import CheckpointParameters, DeviceParameters, TrainingParameters
+from dream_trainer.trainer.default_callbacks import ON_SCREEN
 from dream_trainer.trainer.dream import DreamTrainer, DreamTrainerConfig
 
 Batch = Mapping[str, Tensor]
@@ -133,9 +134,7 @@ def tiny_config(root: Path | str, **options: Any) -> TinyConfig:
         own = {key: options.pop(key) for key in list(options) if key in known}
         if name not in options:
             made[name] = kind(**defaults | own)
-    callbacks: dict[str, Any] = {"summary": None, "progress": None} | dict(
-        options.pop("callbacks", {})
-    )
+    callbacks: dict[str, Any] = dict.fromkeys(ON_SCREEN) | dict(options.pop("callbacks", {}))
     return TinyConfig(**made | options, callbacks=callbacks)
 
 

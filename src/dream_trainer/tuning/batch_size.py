@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
+from dream_trainer.aside import nothing_on_disk, steps_alone
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.errors import ConfigError
 from dream_trainer.trainer.base import BaseTrainer, BaseTrainerConfig
+from dream_trainer.trainer.default_callbacks import DEFAULT_CALLBACKS
 from dream_trainer.tuning.batch_size_result import BatchSizeResult, Trial
 from dream_trainer.tuning.config_field import field_value, with_field
 from dream_trainer.tuning.size_search import SizeMode, sizes_to_try
 from dream_trainer.verification.processes import StartMethod, default_start_method
 
 Config = TypeVar("Config", bound=BaseTrainerConfig)
-_QUIET: dict[str, Any] = dict.fromkeys(("lr", "metrics", "summary", "progress", "checkpoint"))
 _FEWEST_STEPS = 2
 
 
@@ -119,22 +119,15 @@ def _for_trial(config: Config, folder: str, steps: int) -> Config:
     made = copy.copy(config)
     limits = config.training_parameters
     accumulates = limits.global_batch_size is not None or limits.gradient_accumulation_steps > 1
-    made.training_parameters = dataclasses.replace(
+    made.training_parameters = steps_alone(
         limits,
-        n_epochs=None,
-        max_steps=steps,
-        max_time=None,
+        steps,
         train_steps_per_epoch=None,
         global_batch_size=None,
         gradient_accumulation_steps=2 if accumulates else 1,
-        val_every_n_epochs=None,
-        val_every_n_steps=None,
-        num_sanity_val_steps=0,
     )
-    made.checkpoint_parameters = dataclasses.replace(
-        config.checkpoint_parameters, enable=False, resume="never"
-    )
-    made.callbacks = {**config.callbacks, **_QUIET}
+    made.checkpoint_parameters = nothing_on_disk(config.checkpoint_parameters)
+    made.callbacks = {**config.callbacks, **dict.fromkeys(DEFAULT_CALLBACKS)}
     made.loggers = {}
     made.root_dir = folder
     made.experiment = config.experiment or "find-batch-size"

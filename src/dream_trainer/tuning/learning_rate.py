@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from dream_trainer.aside import nothing_on_disk, require_trainer, steps_alone
 from dream_trainer.callbacks import CallbackList
 from dream_trainer.errors import ConfigError
 from dream_trainer.randomness import all_preserved
@@ -92,13 +92,7 @@ def _without_traces(
     make_trainer: Callable[[Any], BaseTrainer], config: BaseTrainerConfig, test: RangeTest
 ) -> BaseTrainer:
     """A trainer whose fit is the test, and touches nothing that others have."""
-    made = make_trainer(_for_test(config, test.sweep.steps))
-    if not isinstance(made, BaseTrainer):
-        raise ConfigError(
-            "make_trainer",
-            [f"it returned a {type(made).__name__}"],
-            "Pass a subclass of BaseTrainer, or a function from a configuration to a trainer.",
-        )
+    made = require_trainer(make_trainer(_for_test(config, test.sweep.steps)))
     # Also those that a constructor adds: they may write, or read what is not written here.
     kept = {name: made.callbacks[name] for name in made.callbacks if name == _KEPT}
     made.callbacks = CallbackList({**kept, _NAME: test})
@@ -112,19 +106,12 @@ def _for_test(config: BaseTrainerConfig, steps: int) -> BaseTrainerConfig:
     """A copy of a configuration, down to the objects in it, for so many steps without a trace."""
     bare = copy.copy(config)
     bare.callbacks, bare.loggers = {}, {}
-    bare.training_parameters = dataclasses.replace(
+    bare.training_parameters = steps_alone(
         config.training_parameters,
-        n_epochs=None,
-        max_steps=steps,
-        max_time=None,
-        val_every_n_epochs=None,
-        val_every_n_steps=None,
-        num_sanity_val_steps=0,
+        steps,
         on_nonfinite="raise",  # steps that are left out have no end; the test ends at the first
     )
-    bare.checkpoint_parameters = dataclasses.replace(
-        config.checkpoint_parameters, enable=False, resume="never"
-    )
+    bare.checkpoint_parameters = nothing_on_disk(config.checkpoint_parameters)
     problems, copied, known = [], copy.copy(bare), dict[int, Any]()
     for name, value in vars(bare).items():
         try:

@@ -15,17 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.utils.data import IterableDataset
 
-from dream_trainer.callbacks import Callback, CallbackList
+from dream_trainer.callbacks import Callback
 from dream_trainer.coordination import RankFailedError
 from dream_trainer.coordination.failure import is_left_alone
 from dream_trainer.errors import ConfigError
-from dream_trainer.verification.processes import (
-    Failure,
-    die_with,
-    redirect,
-    start_afresh,
-    use_one_thread,
-)
+from dream_trainer.verification.processes import Failure, begin, received
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
@@ -86,12 +80,9 @@ def run_trial(
     job: Any, environment: Mapping[str, str], pipe: Any, output: Path, parent: int
 ) -> None:  # pragma: no cover - in another process
     """Fit until enough is known, tell it, and wait to be killed."""
-    os.setsid()  # a group of its own, so that its loader workers end with it
-    die_with(parent)
-    redirect(output)
+    begin(parent, output)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is asked, and ends this
     os.environ.update(environment)
-    start_afresh()
 
     def tell(outcome: RankOutcome) -> None:
         pipe.send(outcome)
@@ -100,12 +91,7 @@ def run_trial(
 
     trainer = None
     try:
-        if isinstance(job, bytes):
-            import pickle
-
-            job = pickle.loads(job)
-        else:
-            use_one_thread()
+        job = received(job)
         if job.memory_limit is not None:
             _limit_memory(job.memory_limit)
         trainer = job.make_trainer(job.config)
@@ -123,8 +109,7 @@ def _watch(trainer: Any, observer: Callback) -> None:
             ["this strategy starts ranks by itself, and a trial has started them already"],
             "Leave strategy out, or name one that does not fork or spawn.",
         )
-    own = {name: trainer.callbacks[name] for name in trainer.callbacks}
-    trainer.callbacks = CallbackList({**own, _NAME: observer}, foreign=trainer.world.callbacks)
+    trainer.callbacks = trainer.callbacks.followed_by(_NAME, observer)
 
 
 def _outcome_of(error: BaseException, trainer: Any) -> RankOutcome:
@@ -189,12 +174,12 @@ class _Observer(Callback):
         if step == self._last_step:
             return  # the end of an epoch
         if self._last_step == 0:
-            _synchronize(trainer.world.device)
+            trainer.world.synchronize()
             self._start = time.perf_counter()
         self._last_step = step
         if step < self._job.steps:
             return
-        _synchronize(trainer.world.device)
+        trainer.world.synchronize()
         seconds = time.perf_counter() - self._start
         trainer.world.barrier()  # the others' steps are over, too
         self._tell(
@@ -205,11 +190,6 @@ class _Observer(Callback):
                 memory=_peak_memory(trainer.world.device),
             )
         )
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize()
 
 
 def _peak_memory(device: torch.device) -> int:

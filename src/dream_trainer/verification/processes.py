@@ -99,33 +99,41 @@ def prepare_to_fork(method: StartMethod) -> None:
         from dream_trainer.world import DreamWorld  # noqa: F401
 
 
-def use_one_thread() -> None:
-    """GNU's OpenMP waits for ever in a fork of a process that has used its threads."""
-    if torch.get_num_threads() > 1:
-        torch.set_num_threads(1)
+def begin(parent: int, output: Path) -> None:
+    """Become a process that leads a group, says nothing, and ends with its parent.
 
-
-def start_afresh() -> None:
-    """What a fork inherits and a restarted program would not have."""
+    Args:
+        parent: its process id.
+        output: a file for what the run prints; it is said if the run dies.
+    """
+    os.setsid()  # a group of its own, so that its loader workers end with it
+    _die_with(parent)
+    file = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout = sys.stderr = os.fdopen(file, "w", buffering=1)
+    # What a fork inherits and a restarted program would not have.
     random.seed()
     np.random.seed()
     torch.default_generator.manual_seed(torch.Generator().initial_seed())
 
 
-def die_with(parent: int) -> None:
+def received(job: Any) -> Any:
+    """What its process was given, pickled (see `pickled`) or by a fork."""
+    if isinstance(job, bytes):
+        return pickle.loads(job)  # of the parent
+    # GNU's OpenMP waits for ever in a fork of a process that has used its threads.
+    if torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+    return job
+
+
+def _die_with(parent: int) -> None:
     """End this process when its parent ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before we asked
         os._exit(1)
-
-
-def redirect(output: Path) -> None:
-    """Let nothing that the run prints reach the terminal; it is said if the run dies."""
-    file = os.open(output, os.O_WRONLY | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    sys.stdout = sys.stderr = os.fdopen(file, "w", buffering=1)
 
 
 def kill_group(process: Any) -> None:

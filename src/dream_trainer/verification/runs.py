@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dream_trainer.callbacks import CallbackList
+from dream_trainer.aside import require_trainer
 from dream_trainer.errors import ConfigError
 from dream_trainer.loggers import LOG_NAME
 from dream_trainer.trainer.base import BaseTrainer, BaseTrainerConfig
@@ -22,13 +22,11 @@ from dream_trainer.verification.observer import Observation, Observer, Place
 from dream_trainer.verification.processes import (
     Failure,
     StartMethod,
-    die_with,
+    begin,
     kill_group,
     pickled,
     prepare_to_fork,
-    redirect,
-    start_afresh,
-    use_one_thread,
+    received,
 )
 
 #: Name of the observer among the trainer's callbacks.
@@ -120,12 +118,7 @@ class Runner:
 def _child(
     job: Any, notes: Path, output: Path, kill_at: Place | None, parent: int
 ) -> None:  # pragma: no cover - in another process
-    os.setsid()  # a group of its own, so that its loader workers end with it
-    die_with(parent)
-    redirect(output)
-    start_afresh()
-    if not isinstance(job, bytes):
-        use_one_thread()
+    begin(parent, output)
     with notes.open("ab", buffering=0) as file:
 
         def tell(what: Any) -> None:
@@ -141,14 +134,10 @@ def _child(
                 leave()
 
         try:
-            make_trainer, config = pickle.loads(job) if isinstance(job, bytes) else job
+            make_trainer, config = received(job)
             trainer = make_trainer(config)
             _check(trainer, config)
-            own = {name: trainer.callbacks[name] for name in trainer.callbacks}
-            observer = Observer(tell, at_place)
-            trainer.callbacks = CallbackList(
-                {**own, _NAME: observer}, foreign=trainer.world.callbacks
-            )
+            trainer.callbacks = trainer.callbacks.followed_by(_NAME, Observer(tell, at_place))
             trainer.fit()
         except BaseException as error:  # noqa: BLE001 - the parent raises it
             tell(Failure.of(error))
@@ -161,12 +150,7 @@ def _check(trainer: Any, config: BaseTrainerConfig) -> None:
     Raises:
         ConfigError: listing everything.
     """
-    if not isinstance(trainer, BaseTrainer):
-        raise ConfigError(
-            "make_trainer",
-            [f"it returned a {type(trainer).__name__}"],
-            "Pass a subclass of BaseTrainer, or a function from a configuration to a trainer.",
-        )
+    require_trainer(trainer)
     problems = [
         f"the trainer's {name} is {getattr(trainer.config, name)!r}, not that of the configuration"
         for name in ("root_dir", "training_parameters", "checkpoint_parameters")

@@ -14,6 +14,7 @@ from typing import TypeVar
 from dream_trainer.callbacks import CheckpointCallback
 from dream_trainer.errors import ConfigError
 from dream_trainer.trainer.base import BaseTrainer, BaseTrainerConfig
+from dream_trainer.trainer.default_callbacks import TELLING
 from dream_trainer.verification.comparison import Comparison, Fault
 from dream_trainer.verification.diagnosis import diagnose
 from dream_trainer.verification.observer import Place
@@ -238,9 +239,7 @@ def _for_verification(config: Config, root: str, steps: int, every: int) -> Conf
         async_save=False,  # a checkpoint must be there when its hook returns
         resume="auto",
     )
-    # What they write follows the clock, and they have no state.
-    aside = dict.fromkeys(("summary", "progress", "timeline"))
-    made.callbacks = {**config.callbacks, **aside}
+    made.callbacks = {**config.callbacks, **dict.fromkeys(TELLING)}
     if made.callbacks.get("checkpoint", True) is None:
         made.callbacks["checkpoint"] = CheckpointCallback()
     made.loggers = {}
