@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +19,14 @@ from dream_trainer.schedules import Schedule
 from dream_trainer.trainer.base import BaseTrainer, BaseTrainerConfig
 from dream_trainer.trainer.components import copy_of_unsharded
 from dream_trainer.trainer.metric_states import is_metric
+from dream_trainer.trainer.named_components import (
+    holds_modules,
+    name_optimizers,
+    name_schedules,
+    resumable,
+    train_and_val,
+)
 from dream_trainer.world.blocks import blocks_of, shard_blocks
-from dream_trainer.world.component_state import parameter_names, parameters_of
 from dream_trainer.world.sharded import is_dtensor
 
 
@@ -204,7 +209,7 @@ class DreamTrainer(BaseTrainer):
         hidden = [
             f"self.{name} is a {type(value).__name__} of modules, which would not be trained"
             for name, value in found.items()
-            if name not in metrics and _holds_modules(value)
+            if name not in metrics and holds_modules(value)
         ]
         if hidden:
             raise ConfigError("configure_models", hidden, "Use ModuleList or ModuleDict.")
@@ -237,13 +242,14 @@ class DreamTrainer(BaseTrainer):
         if self._layers_on_meta:
             self.world.initialize(self._models, self._layers_on_meta, self.init_weights)
         loaders = self.configure_dataloaders()
-        train, val = _train_and_val(loaders)
-        self._train_dataloader = _resumable(train)
-        self._val_dataloader = None if val is None else _resumable(val)
-        made = self._name_optimizers(self.configure_optimizers())
+        train, val = train_and_val(loaders)
+        self._train_dataloader = resumable(train)
+        self._val_dataloader = None if val is None else resumable(val)
+        made = name_optimizers(self.configure_optimizers(), self._models)
         # Their schedulers are made on the optimizers as they are: wrapped ones are new objects.
         self._named_optimizers = made
-        self._named_schedules = self._name_schedules(self.configure_schedulers())
+        schedulers = self.configure_schedulers()
+        self._named_schedules = name_schedules(schedulers, self.get_name_by_optimizer)
         self._named_optimizers = {
             name: self.world.setup_optimizer(optimizer) for name, optimizer in made.items()
         }
@@ -315,112 +321,9 @@ class DreamTrainer(BaseTrainer):
         self.apply_fully_shard(model, **strategy.fsdp_arguments)
         return model
 
-    def _name_optimizers(self, made: Any) -> dict[str, Optimizer]:
-        names = parameter_names(self._models)
-        named: dict[str, Optimizer] = {}
-        for key, optimizer in _pairs(made):
-            if not isinstance(optimizer, Optimizer):
-                raise ConfigError(
-                    "configure_optimizers",
-                    [f"it returned a {type(optimizer).__name__}"],
-                    "Return an optimizer, a list of them, or {model: optimizer}; schedulers come "
-                    "from configure_schedulers.",
-                )
-            trained = (names.get(id(p), "").partition(".")[0] for p in parameters_of([optimizer]))
-            owners = "+".join(dict.fromkeys(filter(None, trained))) or "optimizer"
-            named[_free_name(key if isinstance(key, str) else owners, named)] = optimizer
-        outside = [
-            f"optimizer {name} trains a parameter of shape {tuple(p.shape)} that is in no model"
-            for name, one in named.items()
-            for p in parameters_of([one])
-            if id(p) not in names
-        ]
-        if outside:
-            raise ConfigError(
-                "configure_optimizers",
-                outside,
-                "It would not be saved. Assign a module that holds it to self in configure_models.",
-            )
-        trained_ids = set(map(id, parameters_of(named.values())))
-        idle = [
-            f"{name}.{parameter}"
-            for name, model in self._models.items()
-            for parameter, p in model.named_parameters()
-            if p.requires_grad and id(p) not in trained_ids
-        ]
-        if idle:
-            shown = ", ".join(idle[:3]) + (f" and {len(idle) - 3} more" if len(idle) > 3 else "")
-            warnings.warn(
-                f"no optimizer trains {shown}. Add them in configure_optimizers, or call "
-                "requires_grad_(False) on them.",
-                stacklevel=2,
-            )
-        return named
-
-    def _name_schedules(self, made: Any) -> dict[str, Schedule]:
-        named: dict[str, Schedule] = {}
-        for _, one in _pairs(made):
-            schedule = Schedule.of(one)
-            name = self.get_name_by_optimizer(schedule.scheduler.optimizer)
-            if name in named:
-                raise ConfigError(
-                    "configure_schedulers",
-                    [f"optimizer {name} has several schedulers"],
-                    "Join them with torch's SequentialLR or ChainedScheduler.",
-                )
-            named[name] = schedule
-        return named
-
     def _rebind(self, made: Mapping[str, Any], wrapped: Mapping[str, Any]) -> None:
         """Let attributes that hold an object as it was made hold the wrapped one."""
         replacements = {id(made[name]): wrapped[name] for name in made}
         for attribute, value in list(vars(self).items()):
             if id(value) in replacements:
                 setattr(self, attribute, replacements[id(value)])
-
-
-def _resumable(loader: Any) -> ResumableLoader:
-    return loader if isinstance(loader, ResumableLoader) else ResumableLoader(loader)
-
-
-def _train_and_val(loaders: Any) -> tuple[Any, Any]:
-    """What ``configure_dataloaders`` returned, as (train, val)."""
-    if isinstance(loaders, (tuple, list)) and len(loaders) == 2:
-        train, val = loaders
-    else:
-        train, val = loaders, None
-    if isinstance(train, (Mapping, tuple)) or not hasattr(train, "__iter__"):
-        raise ConfigError(
-            "configure_dataloaders",
-            [f"it returned a {type(loaders).__name__} that is no loader"],
-            "Return (train, val), where val may be None, or the train loader alone.",
-        )
-    return train, val
-
-
-def _pairs(made: Any) -> Iterable[tuple[Any, Any]]:
-    """(key or None, object) of what a ``configure_*`` method returned."""
-    if made is None:
-        return
-    if isinstance(made, Mapping):
-        for key, value in made.items():
-            for one in value if isinstance(value, (list, tuple)) else [value]:
-                yield key, one
-    elif isinstance(made, (list, tuple)):
-        yield from ((None, one) for one in made)
-    else:
-        yield None, made
-
-
-def _free_name(name: str, taken: Mapping[str, Any]) -> str:
-    number, free = 0, name
-    while free in taken:
-        number += 1
-        free = f"{name}_{number}"
-    return free
-
-
-def _holds_modules(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    return isinstance(value, (list, tuple)) and any(isinstance(v, nn.Module) for v in value)
