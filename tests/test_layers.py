@@ -29,6 +29,7 @@ LAYERS = (
     ("trainer.base",),
     ("trainer.abstract",),  # and every other part that the trainers are made of
     ("loop",),
+    ("evaluation_loop",),
     ("callbacks",),
     ("reporting",),  # it needs no trainer, and trainers show what it draws
     ("loggers", "checkpointing", "data", "coordination", "predictions"),

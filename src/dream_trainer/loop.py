@@ -15,24 +15,18 @@ from __future__ import annotations
 import copy
 import itertools
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from dream_trainer.accumulation import AccumulationWindow
 from dream_trainer.data import ResumableLoader
-from dream_trainer.errors import ConfigError
-from dream_trainer.metrics import LoggedValues, merge_ranks, totals
+from dream_trainer.evaluation_loop import EvaluationLoop
+from dream_trainer.metrics import LoggedValues
 from dream_trainer.progress import reaches_multiple
-from dream_trainer.randomness import all_preserved, derive, seed_everything
-from dream_trainer.reductions import merged, parts_of
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
-
-Step = Callable[[Any, int], Any]
 
 
 class FitLoop:
@@ -44,11 +38,7 @@ class FitLoop:
         clock: seconds from any start.
 
     Attributes:
-        is_evaluating: whether a validation, test or prediction is under way.
-        num_evaluation_batches: that it reads on this rank, for a display of progress; None if
-            the loader cannot tell.
-        evaluation_loader: what it reads from; None between evaluations.
-        may_end: whether a signal may end an evaluation between two batches.
+        evaluations: the loop of validations, tests and predictions.
     """
 
     def __init__(
@@ -72,10 +62,8 @@ class FitLoop:
         self._is_parallel = trainer.world.is_parallel
         if val_loader is not None:  # a fraction of an unknown length is known now, not in an hour
             trainer.training_parameters.val_batch_limit(val_loader.num_batches)
-        self.is_evaluating = self._is_watching = False
-        self.num_evaluation_batches: int | None = None
-        self.evaluation_loader: ResumableLoader | None = None
-        self.may_end = True
+        self._is_watching = False
+        self.evaluations = EvaluationLoop(trainer, self.check)
 
     def run(self) -> None:
         """Train until a limit is reached or `stop` was called.
@@ -96,6 +84,11 @@ class FitLoop:
                 return  # stopped inside the epoch; a later run goes on from there
             self.finish_epoch()
             self.check()
+
+    @property
+    def is_evaluating(self) -> bool:
+        """Whether a validation, test or prediction is under way."""
+        return self.evaluations.loader is not None
 
     def check(self) -> None:
         """A place where the run may end; every rank comes through the same ones.
@@ -287,7 +280,7 @@ class FitLoop:
         trainer.callbacks.pre_validation_epoch(trainer)
         self.val_loader.rewind()  # a run that was continued must not count another epoch's batches
         limit = trainer.training_parameters.val_batch_limit(self.val_loader.num_batches)
-        results = self.evaluate(self.val_loader, trainer.validation_step, "val", limit)
+        results = self.evaluations.run(self.val_loader, trainer.validation_step, "val", limit)
         if trainer.is_fitting:
             trainer.validation_results = results
             trainer.progress.finish_validation()
@@ -299,90 +292,7 @@ class FitLoop:
         """Run a few validation batches and forget them."""
         limit = self.trainer.training_parameters.num_sanity_val_steps
         if limit and self.val_loader is not None:
-            self.evaluate(self.val_loader, self.trainer.validation_step, "sanity", limit)
-
-    def test(self, loader: ResumableLoader) -> dict[str, float]:
-        """Run ``test_step`` over a loader; the results are the same on every rank."""
-        trainer = self.trainer
-        trainer.callbacks.pre_test_epoch(trainer)
-        results = self.evaluate(loader, trainer.test_step, "test")
-        trainer.callbacks.post_test_epoch(trainer, results)
-        return results
-
-    def evaluate(
-        self, loader: ResumableLoader, step: Step, phase: str, limit: int | None = None
-    ) -> dict[str, float]:
-        """Means over samples and ranks of what ``step`` returns, and the metrics of a phase.
-
-        Args:
-            loader: read from its beginning.
-            step: called with each batch and its index.
-            phase: ``"val"``, ``"test"`` or ``"sanity"``; prefix of the results' names.
-            limit: batches to read at most.
-        """
-        trainer = self.trainer
-        loader.rewind()
-        trainer.place.enter("validation")
-        pre_step, post_step = self._step_hooks(phase)
-        may_end = self._may_end_between_batches(phase)
-        with self.evaluating(phase, loader, limit), closing(iter(loader)) as batches:
-            values = trainer.logged
-            for batch_idx, batch in enumerate(itertools.islice(batches, limit)):
-                batch = trainer.batch_to_device(batch)
-                # What a filler measures and logs would count a sample twice.
-                is_filler = loader.num_samples == 0
-                trainer.metrics.enter("filler" if is_filler else phase)
-                trainer.logged = LoggedValues() if is_filler else values
-                pre_step(trainer, batch, batch_idx)
-                result = step(batch, batch_idx)
-                post_step(trainer, result, batch, batch_idx)
-                values.add_result(result, loader.num_samples, f"{phase}/")
-                values.resolve()
-                if may_end:
-                    self.check()
-            own = totals([values.take()])[0], parts_of([values.take_reduced()])[0]
-            parts = trainer.world.gather_data_parallel(own)
-            means, reduced = merge_ranks(p for p, _ in parts), merged(p for _, p in parts)
-            metrics = trainer.metrics.compute(phase)
-            if both := (means.keys() & (metrics.keys() | reduced)) | (reduced.keys() & metrics):
-                raise ConfigError(
-                    phase,
-                    [f"{name} comes from two places, or is reduced in two ways" for name in both],
-                    "A metric, a value that a step returns and one that is logged have names of "
-                    "their own.",
-                )
-            return means | reduced | metrics
-
-    def predict(self, loader: ResumableLoader, *, keep: bool = True) -> list[Any]:
-        """What ``predict_step`` returns for each batch of this rank, in order.
-
-        Args:
-            loader: read from its beginning.
-            keep: False keeps nothing of it.
-
-        Raises:
-            Interrupted: after a batch, if Ctrl-C asked for it.
-            Preempted: after a batch, if a scheduler's signal asked for it.
-        """
-        trainer, results = self.trainer, list[Any]()
-        callbacks, may_end = trainer.callbacks, self._may_end_between_batches("predict")
-        loader.rewind()
-        callbacks.pre_predict_epoch(trainer)
-        with self.evaluating("predict", loader), closing(iter(loader)) as batches:
-            for batch_idx, batch in enumerate(batches):
-                batch = trainer.batch_to_device(batch)
-                callbacks.pre_predict_step(trainer, batch, batch_idx)
-                result = trainer.predict_step(batch, batch_idx)
-                if loader.num_samples != 0:
-                    callbacks.post_predict_step(trainer, result, batch, batch_idx)
-                    if keep:
-                        results.append(result)
-                result = None  # two batches of results would be in memory
-                if may_end:
-                    self.check()
-            trainer.metrics.end("predict")
-        callbacks.post_predict_epoch(trainer, results)
-        return results
+            self.evaluations.run(self.val_loader, self.trainer.validation_step, "sanity", limit)
 
     def read_training_data(self, step: Callable[..., None]) -> None:
         """Take one epoch of the training data through a step, without a trace in the run.
@@ -403,7 +313,7 @@ class FitLoop:
         num_steps = self._steps_of_epoch()
         limit = None if num_steps is None else num_steps * self.window.size
         try:
-            with self.evaluating("filler", loader), closing(iter(loader)) as batches:
+            with self.evaluations.surrounding("filler", loader), closing(iter(loader)) as batches:
                 trainer.metrics.enter("filler")
                 for batch_idx, batch in enumerate(itertools.islice(batches, limit)):
                     batch = trainer.batch_to_device(batch)
@@ -412,63 +322,6 @@ class FitLoop:
                     self.check()
         finally:
             loader.load_state_dict(position)
-
-    def _step_hooks(self, phase: str) -> tuple[Callable[..., None], Callable[..., None]]:
-        callbacks = self.trainer.callbacks
-        if phase == "val":
-            return callbacks.pre_validation_step, callbacks.post_validation_step
-        if phase == "test":
-            return callbacks.pre_test_step, callbacks.post_test_step
-        return _no_hook, _no_hook
-
-    def _may_end_between_batches(self, phase: str) -> bool:
-        return (
-            self.may_end
-            and phase != "sanity"
-            and (phase != "val" or not self._validation_has_hooks)
-        )
-
-    @property
-    def _validation_has_hooks(self) -> bool:
-        """Whether it may have changed what `on_interrupt` would save."""
-        return self.trainer.is_fitting and self.trainer.has_validation_hooks
-
-    @contextmanager
-    def evaluating(
-        self, phase: str, loader: ResumableLoader, limit: int | None = None
-    ) -> Iterator[None]:
-        """Without gradients, in eval mode, and without a trace in the run's random streams.
-
-        Args:
-            phase: whose metrics begin anew; it also names the streams.
-            loader: that is read, from where it stands.
-            limit: batches to read at most.
-        """
-        trainer = self.trainer
-        modules = [part for module in trainer.sync_modules for part in module.modules()]
-        modes = [part.training for part in modules]
-        for module in trainer.sync_modules:
-            module.eval()
-        # Left among the step's, they would be written with the next one, and lost by a restart.
-        logged, trainer.logged = trainer.logged, LoggedValues()
-        self.is_evaluating, self.evaluation_loader = True, loader
-        known = [number for number in (loader.num_batches, limit) if number is not None]
-        self.num_evaluation_batches = min(known, default=None)
-        try:
-            with (
-                all_preserved(),
-                torch.no_grad(),
-                trainer.callbacks.evaluation(trainer, phase),
-            ):
-                seed_everything(derive(trainer.seed, phase, trainer.world.dp_rank))
-                trainer.metrics.reset(phase)
-                yield
-        finally:
-            self.is_evaluating, self.evaluation_loader = False, None
-            trainer.logged = logged
-            for part, mode in zip(modules, modes, strict=True):
-                part.training = mode
-            trainer.metrics.enter("train")
 
     def close(self) -> None:
         """End worker processes that live across epochs."""
@@ -497,7 +350,3 @@ class FitLoop:
         now = self._clock()
         self.trainer.progress.seconds += now - self._last_time
         self._last_time = now
-
-
-def _no_hook(*_: Any) -> None:
-    pass

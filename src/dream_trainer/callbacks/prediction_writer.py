@@ -61,7 +61,7 @@ class PredictionWriter(Callback):
         """Write what was predicted, or keep it until the end."""
         if trainer.world.tp_rank != 0:
             return  # it has the same samples as tp_rank 0
-        loader = trainer.loop.evaluation_loader
+        loader = trainer.loop.evaluations.loader
         assert loader is not None
         asked, is_split = loader.sample_indices, loader.gives_batches
         if is_split:

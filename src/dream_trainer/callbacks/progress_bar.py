@@ -211,7 +211,7 @@ class ProgressBar(Callback):
         if now < self._next:
             return
         self._evaluated.mark(now, batch_idx + 1)
-        total = trainer.loop.num_evaluation_batches
+        total = trainer.loop.evaluations.num_batches
         left = None if total is None else self._evaluated.seconds_for(total - batch_idx - 1)
         bar = Bar(
             title,

@@ -42,7 +42,7 @@ def test(trainer: BaseTrainer, dataloader: Iterable[Any] | None, checkpoint: Wei
         return cast("Results", outcome.result)
     with _evaluating(trainer, "test", checkpoint):
         given = trainer.test_dataloader() if dataloader is None else dataloader
-        return trainer.loop.test(trainer.adopted_loaders.required(given, "test"))
+        return trainer.loop.evaluations.test(trainer.adopted_loaders.required(given, "test"))
 
 
 def predict(
@@ -65,7 +65,7 @@ def predict(
     with _evaluating(trainer, "predict", checkpoint):
         given = trainer.predict_dataloader() if dataloader is None else dataloader
         loader = trainer.adopted_loaders.required(given, "predict")
-        return trainer.loop.predict(loader, keep=return_predictions)
+        return trainer.loop.evaluations.predict(loader, keep=return_predictions)
 
 
 def export(

@@ -80,12 +80,12 @@ def evaluating_inside(trainer: BaseTrainer) -> Iterator[None]:
             "an evaluation inside a training step or a validation would disturb it. Call it in "
             "post_validation_epoch, post_epoch or on_boundary."
         )
-    trainer.is_fitting = trainer.loop.may_end = False
+    trainer.is_fitting = trainer.loop.evaluations.may_end = False
     try:
         with all_preserved():
             yield
     finally:
-        trainer.is_fitting = trainer.loop.may_end = True
+        trainer.is_fitting = trainer.loop.evaluations.may_end = True
 
 
 @contextmanager
