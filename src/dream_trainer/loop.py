@@ -197,6 +197,8 @@ class FitLoop:
         trainer, progress, loader = self.trainer, self.trainer.progress, self.train_loader
         batch_idx = progress.num_batches_in_epoch
         self._place.enter_step(progress.num_steps, progress.epoch, batch_idx)
+        if trainer.guard is not None and not progress.num_batches_in_window:
+            trainer.guard.start_window()
         self.window.start_batch(loader)
         trainer.callbacks.pre_train_step(trainer, batch, batch_idx)
         if loader.num_samples == 0:

@@ -534,6 +534,21 @@ def test_the_statistics_of_batch_norm_are_torchs_and_leave_no_trace(tmp_path: Pa
     assert trainer.validate is not None
 
 
+def test_a_model_that_is_a_batch_norm_itself_is_measured_too(tmp_path: Path) -> None:
+    class Whitened(TinyTrainer):
+        def configure_models(self) -> None:
+            super().configure_models()
+            self.norm = nn.BatchNorm1d(3, affine=False)
+
+        def compute_loss(self, batch: Any, batch_idx: int) -> Any:
+            return super().compute_loss({**batch, "x": self.norm(batch["x"])}, batch_idx)
+
+    trainer = tiny(tmp_path, Whitened, callbacks={"swa": SWA(start_epoch=0)})
+    trainer.fit()
+    measured = trainer.callbacks["swa"].average()["norm.running_mean"]
+    assert torch.allclose(measured, trainer.loop.train_loader.loader.dataset.x.mean(0).float())
+
+
 class Endless:
     """Batches without end, that know where they are."""
 

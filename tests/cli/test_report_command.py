@@ -129,6 +129,20 @@ def test_what_cannot_be_read_is_told_and_the_rest_reported(run: Path, capsys: Ca
     assert "Configurations are not compared" in text
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "timeline.jsonl"])
+@pytest.mark.parametrize("deep", [True, False], ids=["nested without end", "no file"])
+def test_a_log_that_no_program_can_read_is_a_problem_of_the_run(
+    run: Path, capsys: Capture, name: str, deep: bool
+) -> None:
+    (run / name).unlink()
+    if deep:
+        (run / name).write_text("[" * 100_000 + "\n" + '{"step": 1}\n')
+    else:
+        (run / name).mkdir()
+    (found,) = told(capsys, run)
+    assert any(one.startswith(name) for one in found["problems"])
+
+
 def test_a_wrong_path_ends_with_2(original: Path, capsys: Capture) -> None:
     with pytest.raises(SystemExit) as end:
         main(["report", str(original.with_name("tin"))])

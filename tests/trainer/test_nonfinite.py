@@ -188,6 +188,46 @@ def test_an_interrupted_window_is_skipped_after_the_restart(tmp_path: Path) -> N
     assert differences(exact_state(whole), exact_state(cut)) == []
 
 
+class TakesTurns(Normed):
+    """A second model, with statistics, that is run after the step and steps in turns of its own."""
+
+    bad_batches = (3,)
+
+    def configure_models(self) -> None:
+        super().configure_models()
+        self.other = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1))
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(one.parameters(), 0.05) for one in (self.net, self.other)]
+
+    def configure_schedulers(self) -> Any:
+        return None
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.backward(self.compute_loss(batch, batch_idx))
+        self.step("net")
+        loss = self.other(batch["x"]).square().mean()
+        if batch_idx % 4 == 0:
+            self.backward(loss)
+            self.step("other")
+
+
+def test_what_follows_the_last_step_of_a_batch_is_not_taken_back_with_the_next_one(
+    tmp_path: Path,
+) -> None:
+    before = Before()
+    whole = skipping(tmp_path, TakesTurns, experiment="whole", callbacks={"before": before})
+    whole.fit()
+    assert whole.progress.num_skipped_steps == 1
+    (statistics,) = (k for k in before.found[0] if k.endswith("other/0.running_mean"))
+    found = [one[statistics] for one in before.found]
+    assert len(set(found)) == len(found) == 6  # each batch adds to them, the skipped one as well
+    skipping(tmp_path, TakesTurns, experiment="cut", max_steps=3).fit()
+    cut = skipping(tmp_path, TakesTurns, experiment="cut")
+    cut.fit()
+    assert differences(exact_state(whole), exact_state(cut)) == []
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("options", [{"dp_replicate": 2}, {"dp_shard": 2}], ids=str)
 @pytest.mark.parametrize("what", ["input", "loss"])

@@ -15,7 +15,7 @@ from support import Points, TinyTrainer, differences, exact_state, run_ranks, ti
 from torch import nn
 from torch.utils.data import DataLoader
 
-from dream_trainer import Callback
+from dream_trainer import EMA, SWA, Callback, Unfreeze, Unfreezing
 from dream_trainer.errors import CheckpointError, ConfigError, StateError
 
 pytestmark = pytest.mark.may_leave("rng")
@@ -57,6 +57,11 @@ def names(trainer: Any) -> dict[str, Path]:
     best, last = store.best("min", "val/loss"), store.newest()
     assert best.path != last.path
     return {"best": best.path, "last": last.path}
+
+
+def names_of(trainer: Any) -> list[Path]:
+    """The checkpoints of a run, the newest last."""
+    return sorted(trainer.run_directory.glob("checkpoints/step-*"))
 
 
 def test_a_test_on_best_is_that_of_a_run_which_resumed_there(
@@ -190,6 +195,22 @@ def test_weights_that_a_callback_holds_are_those_of_the_checkpoint(tmp_path: Pat
     assert differences(own, exact_state(trainer)) == []
 
 
+@pytest.mark.parametrize("average", [EMA(0.9), SWA(start_epoch=0)], ids=["EMA", "SWA"])
+@pytest.mark.parametrize("form", ["checkpoint", "file"])
+def test_an_average_is_not_in_place_of_weights_that_come_without_one(
+    tmp_path: Path, average: Callback, form: str
+) -> None:
+    plain = fitted(tmp_path, experiment="plain", n_epochs=1)
+    path = names_of(plain)[-1]
+    if form == "file":
+        path = plain.export(tmp_path / "plain.safetensors")
+    expected = plain.test(loader())
+    trainer = fitted(tmp_path, n_epochs=2, callbacks={"average": average})
+    own = exact_state(trainer)
+    assert trainer.test(loader(), checkpoint=path) == expected
+    assert differences(own, exact_state(trainer)) == []
+
+
 # ---------------------------------------------------------------------- what cannot be had
 
 
@@ -262,6 +283,23 @@ def test_frozen_weights_that_checkpoints_leave_out_stay_left_out(tmp_path: Path)
     own = exact_state(trainer)
     trainer.test(loader(), checkpoint="best")
     assert differences(own, exact_state(trainer)) == []
+
+
+def test_a_checkpoint_that_leaves_out_what_was_trained_since_needs_a_new_trainer(
+    tmp_path: Path,
+) -> None:
+    def made() -> Any:
+        callbacks = {"unfreeze": Unfreeze({"net.0": Unfreezing(epoch=1)})}
+        options = {"n_epochs": 2, "every_n_steps": 3, "keep_last": 9, "save_frozen": False}
+        return tiny(tmp_path, Rising, callbacks=callbacks, **options)
+
+    trainer = made()
+    trainer.fit()
+    own, first = exact_state(trainer), names_of(trainer)[0]
+    with pytest.raises(StateError, match="trained what it leaves out: then make a new one"):
+        trainer.test(loader(), checkpoint=first)
+    assert differences(own, exact_state(trainer)) == []
+    assert made().test(loader(), checkpoint=first)
 
 
 # ---------------------------------------------------------------------- on ranks

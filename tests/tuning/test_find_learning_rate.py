@@ -28,7 +28,9 @@ from torch.utils.data import DataLoader
 from dream_trainer import (
     LightningModuleTrainer,
     LightningModuleTrainerConfig,
+    Schedule,
     find_learning_rate,
+    warm_up,
 )
 from dream_trainer.configs import DeviceParameters, TrainingParameters
 from dream_trainer.errors import ConfigError
@@ -253,6 +255,20 @@ def test_rates_grow_and_groups_keep_their_ratio(tmp_path: Path) -> None:
     assert ratios == {round(1000 ** (1 / 9), 6)}
     expected = [(lr, 5 * lr) for lr in result.lrs]
     assert np.allclose(made[0].used, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("plateau", [False, True])
+def test_a_warm_up_does_not_lower_the_configured_rate(tmp_path: Path, plateau: bool) -> None:
+    class WarmedUp(TinyTrainer):
+        def configure_schedulers(self) -> Any:
+            (optimizer,) = self.named_optimizers().values()
+            if not plateau:
+                return warm_up(optimizer, 10)
+            inner = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            return warm_up(Schedule(inner, every="validation", monitor="val/loss"), 10)
+
+    result = a_test(tiny_config(tmp_path, **OPTIONS), WarmedUp)
+    assert result.configured == OPTIONS["lr"]
 
 
 def test_linear_rates_add_the_same_number(tmp_path: Path) -> None:

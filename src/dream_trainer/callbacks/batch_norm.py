@@ -34,7 +34,7 @@ def norm_statistics(trainer: BaseTrainer, models: Mapping[str, nn.Module]) -> di
         By ``"model.path.running_mean"`` and ``"model.path.running_var"``.
     """
     norms = {
-        clean_name(f"{model_name}.{path}"): part
+        clean_name(f"{model_name}.{path}").rstrip("."): part
         for model_name, model in models.items()
         for path, part in model.named_modules()
         if isinstance(part, _KINDS) and part.track_running_stats

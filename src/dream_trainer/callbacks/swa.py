@@ -169,7 +169,8 @@ class SWA(WeightAveraging):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` gave, under any strategy."""
+        """Continue from what `state_dict` gave, under any strategy; from nothing, have none."""
+        state = {"annealed_from": {}, "measured": []} | dict(state)
         self._annealed_from = {n: dict(one) for n, one in state["annealed_from"].items()}
         self._measured = list(state["measured"])
         super().load_state_dict(state)

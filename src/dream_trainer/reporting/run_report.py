@@ -132,7 +132,9 @@ def report_run(run: RunFolder, curves: CurveCollector | None = None) -> RunRepor
         for row in log.rows():
             num_rows, step, epoch = num_rows + 1, int(row["step"]), int(row["epoch"])
             _add(metrics, row, step, curves)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except OSError as error:
+        problems.append(f"{LOG_NAME}: {error}")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         problems.append(f"{LOG_NAME}, line {num_rows + 1}: {error}")
     listed = run.checkpoints()
     newest = next((one.manifest for one in reversed(listed) if one.manifest), None)

@@ -37,7 +37,10 @@ def read_timeline(path: Path) -> tuple[list[Moment], list[str]]:
     problems: list[str] = []
     if not path.exists():
         return moments, problems
-    lines = path.read_bytes().split(b"\n")
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        return moments, [f"{path.name}: {error}"]
     unread: list[str] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -48,7 +51,7 @@ def read_timeline(path: Path) -> tuple[list[Moment], list[str]]:
             if number < len(lines):  # the last one is being written, or was cut short
                 unread.append(f"{path.name}, line {number}: {error}")
             continue
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             problems.append(f"{path.name}, line {number}: {error!r}")
             continue
         if moment.event != "start":

@@ -46,6 +46,9 @@ class WarmUp(LRScheduler):
             self.optimizer = scheduler
         else:
             self.scheduler, self.optimizer = scheduler, scheduler.optimizer
+        for group in self.optimizer.param_groups:
+            # As torch's schedulers do, of which a plateau is none: the rate that was asked for.
+            group.setdefault("initial_lr", _copy(group["lr"]))
         self.steps = steps
         self._count = 0
         #: What the schedule asks for, group by group; None once the warm-up is over.

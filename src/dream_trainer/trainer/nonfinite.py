@@ -47,6 +47,12 @@ class StepGuard:
         ]
         self._remembered = [tensor.clone() for tensor in self._statistics]
 
+    def start_window(self) -> None:
+        """What was before is no part of the next steps, stepped on or not."""
+        self._remember_statistics()
+        self._losses.clear()
+        self._has_bad_loss = False
+
     def note_loss(self, loss: Tensor) -> None:
         """Remember whether a loss of the window is finite; nothing waits for it yet."""
         self._losses.append(loss.detach().isfinite().all())
@@ -74,12 +80,10 @@ class StepGuard:
         return False
 
     def finish_step(self, name: str, is_taken: bool) -> None:
-        """An optimizer has stepped, or not; the next window may begin."""
+        """An optimizer has stepped, or not; the next one has losses of its own."""
         if is_taken:
             self._trainer.progress.num_skipped_in_a_row.pop(name, None)
-        self._remember_statistics()
-        self._losses.clear()
-        self._has_bad_loss = False
+        self.start_window()
 
     def state_dict(self) -> dict[str, Any]:
         """What the rest of a window depends on. Differs by rank."""

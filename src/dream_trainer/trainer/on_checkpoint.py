@@ -104,7 +104,12 @@ def _load(trainer: BaseTrainer, chosen: ChosenCheckpoint) -> None:
     found = on_every_rank(trainer.world, lambda: _read(trainer, chosen.path))
     models, buffers, callbacks, problems = found
     if problems:
-        raise StateError(str(chosen.path), problems, "It is of another model. Nothing was loaded.")
+        raise StateError(
+            str(chosen.path),
+            problems,
+            "It is of another model, or from before this trainer trained what it leaves out: then "
+            "make a new one. Nothing was loaded.",
+        )
     for name, model in trainer.components.models.items():
         load_module_state(model, models[name], copies=False)
     load_rank_buffers(trainer.components.models, buffers)
@@ -115,13 +120,13 @@ def _read(
     trainer: BaseTrainer, path: Path
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], list[str]]:
     """States of the models, this rank's own buffers, states of callbacks, and what does not fit."""
-    outline = _outline_of_run(path)
+    outline, holding = _outline_of_run(path), trainer.callbacks.holding_weights()
     if outline is None:
         weights, unplaced = read_weights(path, trainer.components, {})
-        return weights["models"], {}, {}, unplaced + _of_models(trainer, weights, {})
+        nothing = {name: dict[str, Any]() for name in holding}
+        return weights["models"], {}, nothing, unplaced + _of_models(trainer, weights, {})
     left_out = outline["trainer"].get("left_out", {})
     problems = _of_models(trainer, outline, left_out) + trainer.frozen_weights.problems(left_out)
-    holding = trainer.callbacks.holding_weights()
     saved = [name for name in holding if name in outline["callbacks"]]
     if problems:
         return {}, {}, {}, problems
