@@ -31,6 +31,12 @@ def test_callbacks_are_called_in_the_order_of_their_names() -> None:
     assert heard == [("b", "trainer"), ("a", "trainer")]
 
 
+def test_one_object_under_two_names_is_refused() -> None:
+    twice, other = Says("a", []), Says("b", [])
+    with pytest.raises(ConfigError, match=r"a and c are one object.*\nMake one for each name"):
+        CallbackList({"a": twice, "b": other, "c": twice})
+
+
 def test_a_hook_that_nobody_overrides_is_one_and_the_same_empty_function() -> None:
     quiet, said = CallbackList({"a": Callback()}), CallbackList({"a": Says("a", [])})
     assert len({id(getattr(quiet, hook)) for hook in HOOKS}) == 1

@@ -40,12 +40,22 @@ def run(root: Path, values: Values, stopping: EarlyStopping, **options: Any) -> 
 #: Values, options -> epochs trained, what the reason says.
 CASES: dict[str, tuple[Values, dict[str, Any], int, str | None]] = {
     "never": ([3, 2, 1, 0, -1, -2, -3, -4, -5], {}, 9, None),
-    "patience of 3": ([1, 2, 2, 2], {}, 4, "not got better in 3 validations: the best is 1"),
-    "better in between": ([3, 4, 2, 4, 4, 4], {}, 6, "in 3 validations: the best is 2"),
-    "patience of 1": ([3, 3], {"patience": 1}, 2, "in 1 validations"),
-    "rising": ([3, 4, 4, 4, 4], {"mode": "max"}, 5, "the best is 4"),
-    "too little better": ([3, 2.9, 2.8, 2.7], {"min_delta": 0.5}, 4, "the best is 3"),
-    "little by little enough": ([3, 2.8, 2.4, 2.4, 2.4, 2.4], {"min_delta": 0.5}, 6, "best is 2.4"),
+    "patience of 3": ([1, 2, 2, 2], {}, 4, "not got better than 1 in 3 validations"),
+    "better in between": ([3, 4, 2, 4, 4, 4], {}, 6, "better than 2 in 3 validations"),
+    "patience of 1": ([3, 3], {"patience": 1}, 2, "better than 3 in 1 validation"),
+    "rising": ([3, 4, 4, 4, 4], {"mode": "max"}, 5, "better than 4 in 3 validations"),
+    "too little better": (
+        [3, 2.9, 2.8, 2.7],
+        {"min_delta": 0.5},
+        4,
+        "0.5 better than 3 in 3 validations",
+    ),
+    "little by little enough": (
+        [3, 2.8, 2.4, 2.4, 2.4, 2.4],
+        {"min_delta": 0.5},
+        6,
+        "0.5 better than 2.4 in 3 validations",
+    ),
     "good enough": ([3, 2, 0.5], {"stopping_threshold": 1.0}, 3, "0.5, better than 1"),
     "diverges": ([3, 2, 11], {"divergence_threshold": 10.0}, 3, "11, worse than 10"),
     "diverges rising": (
@@ -59,7 +69,7 @@ CASES: dict[str, tuple[Values, dict[str, Any], int, str | None]] = {
         [float("nan"), float("inf"), float("nan"), 2, 2, 2, 2],
         {"check_finite": False},
         7,
-        "the best is 2",
+        "better than 2 in 3 validations",
     ),
 }
 
@@ -137,10 +147,7 @@ def test_a_training_value_is_its_mean_over_the_epoch(tmp_path: Path, accumulatio
     trainer.fit()
     mean = sum(i * (i + 1) for i in range(5)) / 15
     assert looks.found == [{"train/number": pytest.approx(mean)}] * 3
-    assert (
-        trainer.stop_reason
-        == f"train/number has not got better in 2 epochs: the best is {mean:.6g}"
-    )
+    assert trainer.stop_reason == f"train/number has not got better than {mean:.6g} in 2 epochs"
 
 
 def test_what_is_not_there_is_named_with_what_is(tmp_path: Path) -> None:

@@ -183,6 +183,18 @@ def test_a_run_that_fails_tells_what_it_knows(
     assert "enter" not in vars(trainer.place)
 
 
+def test_two_of_them_both_see_every_phase(tmp_path: Path) -> None:
+    # As where `profile` measures a trainer that has one of its own.
+    both = {"times": StepTimes(print_table=False), "others": StepTimes(print_table=False)}
+    trainer = tiny(tmp_path, callbacks=both)
+    trainer.fit()
+    one, other = ([phase.phase for phase in times.summary] for times in both.values())
+    assert one == other
+    assert {"loader", "training_step", "backward", "callbacks", "save"} <= set(one)
+    assert "enter" not in vars(trainer.place)
+    assert "batch_to_device" not in vars(trainer)
+
+
 def test_a_run_without_a_timed_step_says_so() -> None:
     assert as_table(StepSpreads().summary(), "title") == "title: no step was timed"
 

@@ -174,6 +174,19 @@ class Early"""
     assert more[0]["init_args"]["negative_slope"] == 0.2
 
 
+def test_what_a_mapping_cannot_make_is_told_once_with_the_package_that_it_needs() -> None:
+    refuses = "raise ModuleNotFoundError('needed is not installed')"
+    write("needy.py", f"class Needy:\n    def __init__(self):\n        {refuses}\n")
+    stopping = ["--callbacks.stop=EarlyStopping", "--callbacks.stop.patience=0"]
+    done = fit(*stopping, "--loggers.needy", "needy.Needy")
+    assert done.status == 2
+    assert done.err == (
+        "train.py: error: 2 mistakes:\n"
+        "  - EarlyStopping: patience=0 is not a whole number above 0\n"
+        "  - Needy: needed is not installed\n"
+    )
+
+
 def test_an_optimizer_that_refuses_its_arguments_is_a_mistake_of_the_configuration() -> None:
     done = fit("--optimizer.lr", "-1", "--preset", "debug")
     assert done.status == 2

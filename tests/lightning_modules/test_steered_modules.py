@@ -46,7 +46,7 @@ def run(root: Path, name: str, **training: Any) -> LightningModuleTrainer:
 
 def test_a_module_is_steered_and_goes_on_exactly(tmp_path: Path) -> None:
     straight = run(tmp_path, "straight")
-    assert str(straight.stop_reason).startswith("val_loss has not got better")
+    assert str(straight.stop_reason).startswith("val_loss has not got 0.05 better than ")
     assert straight.global_step == 2 + 6 * (straight.current_epoch - 1)
     (optimizer,) = straight.components.optimizers.values()
     first, second = (group["lr"] for group in optimizer.param_groups)

@@ -25,6 +25,25 @@ def parts(**seconds: float) -> dict[str, float]:
     return dict.fromkeys(PARTS, 0.0) | seconds
 
 
+def test_a_run_that_was_over_is_not_down_until_it_is_started_again() -> None:
+    def twice(status: str) -> Goodput:
+        return measured(
+            start(4, began=0),
+            progress(14, 20, train=10),
+            end(14, 20, status),
+            start(1004, step=20, began=1000),
+            progress(1010, 30, train=6),
+            end(1010, 30),
+        )
+
+    for status in ("done", "stopped"):
+        found = twice(status)
+        assert (found.wall, found.idle, found.share) == (24, 986, 16 / 24)
+        assert found.parts == parts(start_up=8, training=16)
+    found = twice("interrupted")
+    assert (found.wall, found.idle, found.parts["down"]) == (1010, 0, 986)
+
+
 def test_a_run_that_was_never_interrupted() -> None:
     found = measured(
         start(104, began=100),

@@ -82,8 +82,6 @@ def test_a_shape_that_goes_on_with_more_steps_is_the_longer_one() -> None:
     ("make", "problem"),
     [
         (lambda: cosine(optimizer(), 0), "steps=0"),
-        (lambda: linear(optimizer(), 5, warm_up=6), "6 steps of 5"),
-        (lambda: warm_up_stable_decay(optimizer(), 5, warm_up=3, decay=3), r"3 \+ 3 steps of 5"),
         (lambda: linear(optimizer(), 5, warm_up=-1), "not whole numbers"),
         (lambda: cosine(optimizer(), 5, end=2.0), "end=2.0"),
         (lambda: inverse_square_root(optimizer(), warm_up=0), "warm_up=0"),
@@ -102,6 +100,17 @@ def test_a_shape_that_goes_on_with_more_steps_is_the_longer_one() -> None:
 def test_what_cannot_work_is_refused_by_name(make: Callable[[], Any], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         make()
+
+
+def test_a_run_shorter_than_its_warm_up_is_told_and_follows_it_as_far_as_it_goes() -> None:
+    for make in (cosine, linear):
+        with pytest.warns(UserWarning, match="ends at step 3, before 4 steps of warm-up are over"):
+            short = make(optimizer(), 3, warm_up=4)
+        long = rates(make(optimizer(), 9, warm_up=4), 3)
+        assert rates(short, 3) == long
+    with pytest.warns(UserWarning, match="before 3 steps of warm-up and 3 steps of decay are over"):
+        both = warm_up_stable_decay(optimizer(), 5, warm_up=3, decay=3)
+    assert rates(both, 5) == pytest.approx([1 / 3, 2 / 3, 1.0, 2 / 3, 1 / 3])
 
 
 # ---------------------------------------------------------------------- warm-up

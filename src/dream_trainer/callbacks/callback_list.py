@@ -26,7 +26,7 @@ class CallbackList(Callback):
             they happen to define.
 
     Raises:
-        ConfigError: a value is no callback.
+        ConfigError: a value is no callback, or a callback has two names.
     """
 
     def __init__(
@@ -40,6 +40,15 @@ class CallbackList(Callback):
         ]
         if problems:
             raise ConfigError("callbacks", problems, "Derive it from dream_trainer.Callback.")
+        names: dict[int, list[str]] = {}
+        for name, one in self._callbacks.items():
+            names.setdefault(id(one), []).append(name)
+        if problems := [
+            f"{' and '.join(same)} are one object, whose hooks would be called {len(same)} times"
+            for same in names.values()
+            if len(same) > 1
+        ]:
+            raise ConfigError("callbacks", problems, "Make one for each name, or leave names out.")
         # One that is registered both here and on the Fabric is called once.
         self._foreign = list(foreign)
         own = set(map(id, self._callbacks.values()))
@@ -54,6 +63,7 @@ class CallbackList(Callback):
                 and getattr(type(one), hook, None) is not inherited
             ]
             self._listeners[hook] = listeners
+        self._around: list[Callable[[str, Callable[..., None]], Callable[..., None]]] = []
         self.surround(None)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -67,10 +77,13 @@ class CallbackList(Callback):
 
         Args:
             around: given the name of a hook and the method of one callback, what is called in its
-                place; None takes it away.
+                place, outside of what is around it already; None takes all of it away.
         """
+        self._around = [] if around is None else [*self._around, around]
         for hook, listeners in self._listeners.items():
-            called = listeners if around is None else [around(hook, one) for one in listeners]
+            called = listeners
+            for outer in self._around:
+                called = [outer(hook, one) for one in called]
             is_end = hook == "close" and len(called) > 1
             setattr(self, hook, _at_the_end(called) if is_end else _dispatcher(called))
 

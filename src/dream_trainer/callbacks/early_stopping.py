@@ -144,9 +144,12 @@ class EarlyStopping(Callback):
         if hopeless is not None and self._is_better(hopeless, value):
             return f"{name} is {value:.6g}, worse than {hopeless:g}"
         if self.waited >= self.patience:
-            best = "no number yet" if self.best is None else f"the best is {self.best:.6g}"
-            looks = "epochs" if self._is_of_training else "validations"
-            return f"{name} has not got better in {self.waited} {looks}: {best}"
+            kind = "epoch" if self._is_of_training else "validation"
+            looks = f"{self.waited} {kind}{'s' if self.waited > 1 else ''}"
+            if self.best is None:
+                return f"{name} has not been a number in {looks}"
+            by = f"{self.min_delta:g} better" if self.min_delta else "better"
+            return f"{name} has not got {by} than {self.best:.6g} in {looks}"
         return None
 
     def _is_better(self, value: float, than: float | None, by: float = 0.0) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections import Counter
@@ -66,6 +67,7 @@ class PhaseClock:
     def around(self, phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
         """A function whose calls are counted as a phase of their own."""
 
+        @functools.wraps(call)
         def counted(*args: Any) -> Any:
             before = self.phase
             self.enter(phase)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -77,7 +78,8 @@ class StepTimes(Callback):
         trainer.place.observe(clock.enter)
 
         def around(hook: str, call: Callable[..., Any]) -> Callable[..., Any]:
-            saves = isinstance(getattr(call, "__self__", None), CheckpointCallback)
+            method = inspect.unwrap(call)  # another StepTimes may be around it
+            saves = isinstance(getattr(method, "__self__", None), CheckpointCallback)
             return clock.around("save" if saves else "callbacks", call)
 
         trainer.callbacks.surround(around)
@@ -85,10 +87,15 @@ class StepTimes(Callback):
         self._undo.callback(trainer.place.observe, None)
         if trainer.moves_batches:
             own, name = vars(trainer), "batch_to_device"
-            before = {name: own[name]} if name in own else {}
+            before = {name: own[name]} if name in own and not _is_around(own[name]) else {}
             own[name] = clock.around("to device", trainer.batch_to_device)
-            self._undo.callback(own.update, before)
-            self._undo.callback(own.pop, name)  # first
+
+            def restore() -> None:
+                if _is_around(own.get(name)):  # that of any StepTimes: all end together
+                    del own[name]
+                    own.update(before)
+
+            self._undo.callback(restore)
 
     def on_boundary(self, trainer: BaseTrainer) -> None:
         """Take the times of the step."""
@@ -152,3 +159,7 @@ class StepTimes(Callback):
             values = {f"time/{p.replace(' ', '_')}": one for p, one in recent.means().items()}
             for logger in trainer.loggers.values():
                 logger.log_metrics(values, step=trainer.global_step)
+
+
+def _is_around(function: object) -> bool:
+    return hasattr(function, "__wrapped__")

@@ -79,11 +79,11 @@ class _Maker:
 
     def __call__(self, made: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # A part that failed has been reported; what contains it would only complain again.
-        if any(value is _FAILED for value in kwargs.values()):
+        if any(_has_failed(value) for value in kwargs.values()):
             return _FAILED
         try:
             return made(*args, **kwargs)
-        except ValueError as error:
+        except (ValueError, ModuleNotFoundError) as error:  # a logger without its package
             name = getattr(made, "__name__", str(made))
             found = error if isinstance(error, ConfigError) else ConfigError(name, [str(error)])
             if not self._is_collecting:
@@ -95,6 +95,12 @@ class _Maker:
         """What was wrong; from now on it is raised."""
         self._is_collecting = False
         return self._errors
+
+
+def _has_failed(value: object) -> bool:
+    if isinstance(value, dict):
+        return any(one is _FAILED for one in value.values())
+    return value is _FAILED
 
 
 class ConfigParser:

@@ -260,6 +260,8 @@ def _plainly(cause: str) -> str:
     cause = re.sub(r"^Problem with given class_path '(.*?)': ", r"\1: ", cause)
     cause = re.sub(r": Option '(.*?)' is not accepted", r" has no argument \1", cause)
     cause = re.sub(r"^Option '(.*?)' is not accepted", r"it has no argument \1", cause)
+    # What a name stands for in the program itself is not known here.
+    cause = re.sub(r"^(dream_trainer\.Callback has no)", r"no class is named for it, and \1", cause)
     if nested := re.match(r'(.*): Parser key "(.*?)": Expected a (.*)', cause):
         return f"{nested[1]}: {nested[2]}: expected {_type_name(nested[3])}"
     return cause

@@ -115,7 +115,7 @@ def run_benchmark(cli: DreamCLI) -> list[Benchmark]:
             "the same" if one.is_cached else "loader's",
             f"{one.steps_per_second:.4g}",
             f"{1000 / one.steps_per_second:.4g}",
-            "-" if one.samples_per_second is None else f"{one.samples_per_second:.4g}",
+            "-" if one.samples_per_second is None else f"{one.samples_per_second:,.0f}",
         )
         for one in found
     ]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import time
 import traceback
 from collections.abc import Iterator
+from typing import TextIO
 
 from dream_trainer.errors import CheckpointError, ConfigError, StateError
 
@@ -58,12 +60,36 @@ def first_rank_speaks() -> Iterator[None]:
     if launched_rank() == 0:
         yield
         return
-    with (
-        open(os.devnull, "w", encoding="utf-8") as nowhere,  # noqa: PTH123
-        contextlib.redirect_stdout(nowhere),
-        contextlib.redirect_stderr(nowhere),
-    ):
-        yield
+    streams = _Muted(sys.stdout), _Muted(sys.stderr)
+    try:
+        with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+            yield
+    finally:
+        for one in streams:
+            one.is_muted = False
+
+
+class _Muted(io.TextIOBase):
+    """A stream that writes nothing while it is muted.
+
+    A library that is imported meanwhile may keep it, as a handler of ``logging`` does: a stream
+    that is closed by then would cost a traceback a message.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.is_muted, self._stream = True, stream
+
+    def write(self, text: str) -> int:
+        return len(text) if self.is_muted else self._stream.write(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
 
 
 def launched_rank() -> int:

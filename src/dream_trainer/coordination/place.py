@@ -69,21 +69,23 @@ class Place:
         """Call a function with each phase that is entered, before it is noted.
 
         Args:
-            tell: the function; None for no more. Without one nobody pays for this.
+            tell: the function, beside those that are there; None for no more of any. Without one
+                nobody pays for this.
         """
         own = vars(self)
-        own.pop("enter", None)
-        own.pop("enter_step", None)
         if tell is None:
+            own.pop("enter", None)
+            own.pop("enter_step", None)
             return
+        note, note_step = self.enter, self.enter_step
 
         def enter(phase: str) -> None:
             tell(phase)
-            type(self).enter(self, phase)
+            note(phase)
 
         def enter_step(step: int, epoch: int, batch: int) -> None:
             tell("training_step")
-            type(self).enter_step(self, step, epoch, batch)
+            note_step(step, epoch, batch)
 
         own.update(enter=enter, enter_step=enter_step)
 

@@ -21,7 +21,7 @@ from dream_trainer.storage import write_text
 from dream_trainer.storage.atomic import fsync_directory, fsync_file
 
 _FORMAT = 1
-_MANIFEST = "manifest.json"
+_MANIFEST = "predictions.json"
 
 Order = Literal["index", "read", "rank"]
 """By the index in the data set; as they were read over all ranks; rank after rank."""
@@ -190,7 +190,10 @@ def read_predictions(folder: str | Path) -> Predictions:
         manifest = json.loads((place / _MANIFEST).read_text(encoding="utf-8"))
         files: dict[str, int] = manifest["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        why = f"it has no readable {_MANIFEST} ({type(error).__name__})"
+        if place.is_dir():
+            why = f"it has no readable {_MANIFEST} ({type(error).__name__})"
+        else:
+            why = "there is no such folder"
         if partial(place).exists():
             why += f"; {partial(place)} is of a prediction that did not end"
         raise ConfigError(str(place), [why], "Predict again.") from None

@@ -17,7 +17,7 @@ PARTS = {
     "saves": "waiting for checkpoints",
     "start_up": "from the call of fit to the first batch",
     "lost": "steps that a restart did again",
-    "down": "from the last sign of life to the next start",
+    "down": "from the last sign of life to the next start, unless the run was over",
     "other": "callbacks, logs, and all that nobody measured",
 }
 _PART_OF = {
@@ -66,6 +66,11 @@ class Attempt:
         return str(last.fields.get("status")) if last.event == "end" else None
 
     @property
+    def is_at_end(self) -> bool:
+        """Whether the run was over: it had reached its length, or was stopped by its program."""
+        return self.status in ("done", "stopped")
+
+    @property
     def reason(self) -> str | None:
         """Why it ended, in words."""
         last = self.moments[-1]
@@ -107,8 +112,14 @@ class Goodput:
 
     @property
     def wall(self) -> float:
-        """Seconds from the first start to the last line."""
-        return self.attempts[-1].ended - self.attempts[0].began
+        """Seconds from the first start to the last line, without `idle`."""
+        return self.attempts[-1].ended - self.attempts[0].began - self.idle
+
+    @property
+    def idle(self) -> float:
+        """Seconds in which the run had come to its end, and was not started again yet."""
+        pairs = itertools.pairwise(self.attempts)
+        return sum(after.began - before.ended for before, after in pairs if before.is_at_end)
 
     @property
     def share(self) -> float:
@@ -140,6 +151,8 @@ class Goodput:
 def measure_goodput(moments: Sequence[Moment]) -> Goodput | None:
     """Account for every second between the first start and the last line.
 
+    A run that was over, and is started again later, was not down in between: that time is left out.
+
     Steps of an attempt count up to the lowest step that a later attempt started at. Between two
     lines seconds are divided in proportion. After the last progress line of an attempt they are
     training where steps were done, less the saves and validations whose length is told.
@@ -165,7 +178,8 @@ def measure_goodput(moments: Sequence[Moment]) -> Goodput | None:
         for name, seconds in one.parts.items():
             parts[name] += seconds
     for before, after in itertools.pairwise(attempts):
-        parts["down"] += after.began - before.ended
+        if not before.is_at_end:
+            parts["down"] += after.began - before.ended
     return Goodput(parts, attempts)
 
 

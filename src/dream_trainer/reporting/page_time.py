@@ -51,10 +51,11 @@ def _bar(goodput: Goodput) -> str:
 
 def _strip(goodput: Goodput) -> str:
     """Attempts one after another, on the clock."""
-    begin, wall = goodput.attempts[0].began, goodput.wall or 1.0
+    begin = goodput.attempts[0].began
+    span = goodput.attempts[-1].ended - begin or 1.0
 
     def piece(kind: str, start: float, end: float, text: str) -> str:
-        left, width = 100 * (start - begin) / wall, 100 * (end - start) / wall
+        left, width = 100 * (start - begin) / span, 100 * (end - start) / span
         style = f"left:{left:.4f}%;width:{width:.4f}%"
         return f'<span class="part {kind}" style="{style}" title="{escape(text)}"></span>'
 

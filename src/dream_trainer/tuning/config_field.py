@@ -22,8 +22,9 @@ def field_value(config: Any, name: str) -> Any:
         known = _fields(value)
         if part not in known:
             shown = ", ".join(sorted(known)) or "none"
+            whole = "" if name == part else f" ({name})"
             raise ConfigError(
-                "field", [f"{walked} has no field {part!r} ({name})"], f"There is: {shown}."
+                "field", [f"{walked} has no field {part!r}{whole}"], f"There is: {shown}."
             )
         value, walked = known[part], f"{walked}.{part}"
     return value
