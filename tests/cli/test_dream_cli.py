@@ -191,7 +191,14 @@ def test_callbacks_merge_by_name_and_null_takes_one_out() -> None:
     assert sorted(callbacks) == ["bar", "e", "lr", "progress"]
     assert isinstance(callbacks["bar"], ProgressBar)
     assert callbacks["e"].decay == 0.5
-    assert sorted(trainer.callbacks) == ["bar", "checkpoint", "e", "metrics", "summary"]
+    assert sorted(trainer.callbacks) == [
+        "bar",
+        "checkpoint",
+        "e",
+        "metrics",
+        "summary",
+        "timeline",
+    ]
 
 
 def test_another_class_in_a_later_file_leaves_the_arguments_of_the_first_behind() -> None:

@@ -162,6 +162,7 @@ def held(kind: type[PlannedTrainer], root: str, options: dict[str, Any]) -> dict
         ),
         "buffers": _bytes(b for m in models for b in m.buffers()),
         "window_gradients": measuring.window_bytes,
+        "averages": 0,
         "batches": measuring.batches,
         "val_batches": trainer.loop.val_loader.num_batches,
         "steps": trainer.global_step,

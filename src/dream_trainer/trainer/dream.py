@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,8 +15,9 @@ from dream_trainer import world
 from dream_trainer.data import ResumableLoader
 from dream_trainer.errors import ConfigError
 from dream_trainer.schedules import Schedule
-from dream_trainer.trainer.base import BaseTrainer, BaseTrainerConfig
+from dream_trainer.trainer.base import BaseTrainer
 from dream_trainer.trainer.components import copy_of_unsharded
+from dream_trainer.trainer.dream_config import DreamTrainerConfig
 from dream_trainer.trainer.metric_states import is_metric
 from dream_trainer.trainer.named_components import (
     holds_modules,
@@ -28,11 +28,6 @@ from dream_trainer.trainer.named_components import (
 )
 from dream_trainer.world.blocks import blocks_of, shard_blocks
 from dream_trainer.world.sharded import is_dtensor
-
-
-@dataclass(kw_only=True)
-class DreamTrainerConfig(BaseTrainerConfig):
-    """The configuration of a `DreamTrainer`. Subclass it and add the model's own."""
 
 
 class DreamTrainer(BaseTrainer):
