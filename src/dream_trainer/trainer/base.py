@@ -493,7 +493,7 @@ class BaseTrainer(AbstractTrainer):
         # Only for those who ask for it.
         from dream_trainer.trainer.export import export
 
-        with self._evaluation("export", checkpoint):
+        with self._evaluation("export", checkpoint), self.callbacks.evaluation(self, "export"):
             return export(self, Path(path), **options)
 
     def summary(self, depth: int = 1) -> Overview:
