@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dream_trainer import checkpointing, world
+from dream_trainer import checkpointing, schedules, world
 from dream_trainer.accumulation import AccumulationWindow, Weight
 from dream_trainer.callbacks import (
     Callback,
@@ -42,7 +42,6 @@ from dream_trainer.measured import MeasuredValues
 from dream_trainer.metrics import LoggedValues
 from dream_trainer.randomness import all_preserved, seed_everything
 from dream_trainer.reductions import Reduce
-from dream_trainer.schedules import Schedule
 from dream_trainer.storage.run_lock import RunLock
 from dream_trainer.trainer.abstract import AbstractTrainer, AbstractTrainerConfig
 from dream_trainer.trainer.closing import close
@@ -269,13 +268,16 @@ class BaseTrainer(AbstractTrainer):
         """One batch to predict on; what it returns is collected."""
         raise NotImplementedError(f"{type(self).__name__} has no predict_step; write one")
 
-    def named_schedules(self) -> Mapping[str, Schedule]:
+    def named_schedules(self) -> Mapping[str, schedules.Schedule]:
         """When each of `named_schedulers` steps; the default is after each optimizer step.
 
         Raises:
             ConfigError: a scheduler cannot step so.
         """
-        return {name: Schedule.of(one) for name, one in (self.named_schedulers() or {}).items()}
+        return {
+            name: schedules.Schedule.of(one)
+            for name, one in (self.named_schedulers() or {}).items()
+        }
 
     def schedulers_of(self, optimizer: Optimizer) -> list[Any]:
         """All schedulers that drive an optimizer, whoever steps them.

@@ -13,10 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dream_trainer import world
+from dream_trainer import schedules, world
 from dream_trainer.data import ResumableLoader
 from dream_trainer.errors import ConfigError
-from dream_trainer.schedules import Schedule
 from dream_trainer.trainer.base import BaseTrainer, BaseTrainerConfig
 from dream_trainer.trainer.components import copy_of_unsharded
 from dream_trainer.trainer.metric_states import is_metric
@@ -62,7 +61,7 @@ class DreamTrainer(BaseTrainer):
         self._layers_on_meta: list[nn.Module] = []
         self._wrapped_models: dict[str, nn.Module] = {}
         self._named_optimizers: dict[str, Optimizer] = {}
-        self._named_schedules: dict[str, Schedule] = {}
+        self._named_schedules: dict[str, schedules.Schedule] = {}
         self._train_dataloader: Any = None
         self._val_dataloader: Any = None
 
@@ -262,7 +261,7 @@ class DreamTrainer(BaseTrainer):
         """Name of the optimizer -> its scheduler."""
         return {name: one.scheduler for name, one in self._named_schedules.items()}
 
-    def named_schedules(self) -> Mapping[str, Schedule]:
+    def named_schedules(self) -> Mapping[str, schedules.Schedule]:
         """Name of the optimizer -> its scheduler, and when that steps."""
         return self._named_schedules
 
@@ -357,10 +356,10 @@ class DreamTrainer(BaseTrainer):
             )
         return named
 
-    def _name_schedules(self, made: Any) -> dict[str, Schedule]:
-        named: dict[str, Schedule] = {}
+    def _name_schedules(self, made: Any) -> dict[str, schedules.Schedule]:
+        named: dict[str, schedules.Schedule] = {}
         for _, one in _pairs(made):
-            schedule = Schedule.of(one)
+            schedule = schedules.Schedule.of(one)
             name = self.get_name_by_optimizer(schedule.scheduler.optimizer)
             if name in named:
                 raise ConfigError(
