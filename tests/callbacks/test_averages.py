@@ -421,6 +421,19 @@ def test_a_step_does_not_wait_for_the_device(callback: Any, tmp_path: Path) -> N
     assert reads.count == 1
 
 
+def test_what_is_exported_is_what_was_validated(tmp_path: Path) -> None:
+    for evaluate_with in ("average", "model"):
+        ema = EMA(0.9, evaluate_with=evaluate_with)  # type: ignore[arg-type]
+        trainer = tiny(tmp_path, experiment=evaluate_with, callbacks={"ema": ema})
+        trainer.fit()
+        own = {f"net.{k}": v.clone() for k, v in trainer.state_dict()["models"]["net"].items()}
+        written = torch.load(trainer.export(tmp_path / f"{evaluate_with}.pt"), weights_only=True)
+        expected = own | (ema.average() if evaluate_with == "average" else {})
+        assert flat({f"net.{k}": v for k, v in written.items()}) == flat(expected)
+        assert flat({f"net.{k}": v for k, v in trainer.net.state_dict().items()}) == flat(own)
+        assert flat(ema.average()) != flat({k: own[k] for k in ema.average()})
+
+
 def test_a_compiled_model_is_validated_with_the_average(tmp_path: Path) -> None:
     class Compiled(TinyTrainer):
         def apply_compile(self, model: nn.Module) -> None:

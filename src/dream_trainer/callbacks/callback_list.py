@@ -144,7 +144,7 @@ class CallbackList(Callback):
 
         Args:
             trainer: that evaluates.
-            phase: ``"val"``, ``"test"``, ``"predict"`` or ``"sanity"``.
+            phase: ``"val"``, ``"test"``, ``"predict"``, ``"sanity"`` or ``"export"``.
         """
         with ExitStack() as stack:
             for one in self._callbacks.values():

@@ -19,7 +19,7 @@ from dream_trainer.world.wrappers import unwrap
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
 
-_EVALUATIONS = ("val", "test", "predict")
+_EVALUATIONS = ("val", "test", "predict", "export")
 
 
 class WeightAveraging(Callback):

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from dream_trainer.configs import CheckpointParameters, DeviceParameters, TrainingParameters
 from dream_trainer.trainer.default_callbacks import ON_SCREEN
 from dream_trainer.trainer.dream import DreamTrainer
-from dream_trainer.trainer.dream_config import DreamTrainerConfig
+from dream_trainer.trainer.trainer_config import DreamTrainerConfig
 
 Batch = Mapping[str, Tensor]
 Trainer = TypeVar("Trainer", bound="TinyTrainer")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from torch import nn
@@ -14,48 +13,13 @@ from torch.optim.lr_scheduler import LRScheduler
 # Not its names, which load Fabric: neither --help nor a mistake in an option needs that. Nor under
 # TYPE_CHECKING: jsonargparse runs such blocks of the modules that configurations are in.
 from dream_trainer import world
-from dream_trainer.configs import DeviceParameters
 from dream_trainer.errors import ConfigError, UnknownComponentError
 from dream_trainer.progress import Progress
 from dream_trainer.schedules import Schedule
+from dream_trainer.trainer.trainer_config import AbstractTrainerConfig
 from dream_trainer.world.wrappers import unwrap
 
 T = TypeVar("T")
-
-
-@dataclass(kw_only=True)
-class AbstractTrainerConfig:
-    """What every run has: a place, a seed, devices.
-
-    Raises:
-        ConfigError: with all problems of the values at once.
-    """
-
-    project: str = "default"
-    """First folder below ``root_dir``."""
-    group: str = "default"
-    """Second folder."""
-    experiment: str | None = None
-    """Third folder; running it again continues it. None makes up a readable name, the same on
-    every rank and in every restart of the same job."""
-    seed: int | None = 42
-    """Seed of every random stream of the run. None draws one and records it."""
-    root_dir: str = "runs"
-    """Where runs are written."""
-    device_parameters: DeviceParameters = field(default_factory=DeviceParameters)
-    """Devices, layout of ranks, precision."""
-
-    def __post_init__(self) -> None:
-        names = {"project": self.project, "group": self.group, "experiment": self.experiment}
-        problems = [
-            f"{name}={value!r} is not a folder name"
-            for name, value in names.items()
-            if not (value is None and name == "experiment") and not _is_folder_name(value)
-        ]
-        if self.seed is not None and self.seed < 0:
-            problems.append(f"seed={self.seed} is below 0")
-        if problems:
-            raise ConfigError(type(self).__name__, problems)
 
 
 class AbstractTrainer(ABC):
@@ -231,7 +195,3 @@ def _name_of(wanted: Any, named: Mapping[str, Any], kind: str) -> str:
         f"this {type(wanted).__name__} is no {kind} of the trainer, which has: "
         f"{', '.join(named) or 'none'}. Return it from named_{kind}s()."
     )
-
-
-def _is_folder_name(value: object) -> bool:
-    return isinstance(value, str) and value not in ("", ".", "..") and not set(value) & set("/\\\0")

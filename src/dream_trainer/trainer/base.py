@@ -28,7 +28,6 @@ from dream_trainer.reductions import Reduce
 from dream_trainer.storage.run_lock import RunLock
 from dream_trainer.trainer import evaluation, fitting, preparation, state
 from dream_trainer.trainer.abstract import AbstractTrainer
-from dream_trainer.trainer.base_config import BaseTrainerConfig
 from dream_trainer.trainer.closing import close
 from dream_trainer.trainer.components import Components, copy_of_unsharded, find_module
 from dream_trainer.trainer.default_callbacks import callbacks_of_a_run
@@ -42,6 +41,7 @@ from dream_trainer.trainer.presets import Preset, debug, overfit
 from dream_trainer.trainer.run_directory import config_yaml
 from dream_trainer.trainer.run_streams import RunStreams
 from dream_trainer.trainer.scheduler_steps import SchedulerSteps
+from dream_trainer.trainer.trainer_config import BaseTrainerConfig
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -11,13 +11,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dream_trainer import world
+from dream_trainer import schedules, world
 from dream_trainer.data import ResumableLoader
 from dream_trainer.errors import ConfigError
-from dream_trainer.schedules import Schedule
 from dream_trainer.trainer.base import BaseTrainer
 from dream_trainer.trainer.components import copy_of_unsharded
-from dream_trainer.trainer.dream_config import DreamTrainerConfig
 from dream_trainer.trainer.metric_states import is_metric
 from dream_trainer.trainer.named_components import (
     holds_modules,
@@ -26,6 +24,7 @@ from dream_trainer.trainer.named_components import (
     resumable,
     train_and_val,
 )
+from dream_trainer.trainer.trainer_config import DreamTrainerConfig
 from dream_trainer.world.blocks import blocks_of, shard_blocks
 from dream_trainer.world.sharded import is_dtensor
 
@@ -62,7 +61,7 @@ class DreamTrainer(BaseTrainer):
         self._layers_on_meta: list[nn.Module] = []
         self._wrapped_models: dict[str, nn.Module] = {}
         self._named_optimizers: dict[str, Optimizer] = {}
-        self._named_schedules: dict[str, Schedule] = {}
+        self._named_schedules: dict[str, schedules.Schedule] = {}
         self._train_dataloader: Any = None
         self._val_dataloader: Any = None
 
@@ -263,7 +262,7 @@ class DreamTrainer(BaseTrainer):
         """Name of the optimizer -> its scheduler."""
         return {name: one.scheduler for name, one in self._named_schedules.items()}
 
-    def named_schedules(self) -> Mapping[str, Schedule]:
+    def named_schedules(self) -> Mapping[str, schedules.Schedule]:
         """Name of the optimizer -> its scheduler, and when that steps."""
         return self._named_schedules
 

@@ -78,7 +78,10 @@ def export(
     # Only for those who ask for it.
     from dream_trainer.trainer.export import export as write
 
-    with _evaluating(trainer, "export", checkpoint):
+    with (
+        _evaluating(trainer, "export", checkpoint),
+        trainer.callbacks.evaluation(trainer, "export"),
+    ):
         return write(trainer, Path(path), **options)
 
 

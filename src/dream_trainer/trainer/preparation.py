@@ -19,7 +19,7 @@ from dream_trainer.trainer.run_directory import fresh_experiment_name, recorded_
 if TYPE_CHECKING:
     from dream_trainer.data import ResumableLoader
     from dream_trainer.trainer.base import BaseTrainer
-    from dream_trainer.trainer.base_config import BaseTrainerConfig
+    from dream_trainer.trainer.trainer_config import BaseTrainerConfig
     from dream_trainer.world import DreamWorld
 
 #: The next one without a name in this process, as in every restart of its job.
