@@ -121,7 +121,8 @@ def _for_trial(config: Config, folder: str, steps: int) -> Config:
     accumulates = limits.global_batch_size is not None or limits.gradient_accumulation_steps > 1
     made.training_parameters = dataclasses.replace(
         limits,
-        n_epochs=None,
+        # Enough of them for the steps; some callbacks begin at a fraction of their number.
+        n_epochs=None if limits.n_epochs is None else max(limits.n_epochs, steps),
         max_steps=steps,
         max_time=None,
         train_steps_per_epoch=None,
