@@ -12,7 +12,7 @@ import torch
 from support import TinyConfig, TinyTrainer, run_ranks, tiny_config
 from torch.utils.data import DataLoader
 
-from dream_trainer import Callback, find_batch_size
+from dream_trainer import SWA, Callback, EarlyStopping, Schedule, find_batch_size
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.errors import ConfigError
 from dream_trainer.tuning import BatchSizeResult, Trial
@@ -275,3 +275,22 @@ def test_where_speed_ends(tmp_path: Path) -> None:
     assert labels == ["samples per second", "efficient 32", "does not fit: 256", "peak memory"]
     result.save(tmp_path / "sizes.png")
     assert (tmp_path / "sizes.png").read_bytes().startswith(b"\x89PNG")
+
+
+class OnPlateau(TinyTrainer):
+    """Its schedule asks for a validation, of which a trial has none."""
+
+    def configure_schedulers(self) -> Any:
+        (optimizer,) = self.named_optimizers().values()
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        return Schedule(plateau, every="epoch", monitor="val/loss")
+
+
+def test_what_steers_a_run_by_its_epochs_does_not_end_a_trial(tmp_path: Path) -> None:
+    callbacks: dict[str, Any] = {
+        "stopping": EarlyStopping("train/loss", patience=1, min_delta=100.0),
+        "swa": SWA(),
+    }
+    config = config_of(tmp_path, num_samples=8, n_epochs=2, callbacks=callbacks)
+    result = find_batch_size(OnPlateau, config, max_size=4, steps=6, tell=None)
+    assert sizes_of(result) == [(2, True), (4, True)]

@@ -133,9 +133,37 @@ def says_all_that_it_can() -> tuple[type[TinyTrainer], dict[str, Any]]:
     return TinyTrainer, {"callbacks": {"bars": bars, "told": told}}
 
 
+class AtOnce(Normed):
+    """Steps that are left out, a plateau under a warm-up, and averages that begin late."""
+
+    def configure_schedulers(self) -> Any:
+        (optimizer,) = self.named_optimizers().values()
+        plateau = ReduceLROnPlateau(optimizer, patience=0, threshold=0.5)
+        return warm_up(Schedule(plateau, every="validation", monitor="val/loss"), 4)
+
+    def compute_loss(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().compute_loss(batch, batch_idx)
+        return loss * float("nan") if batch_idx == 2 and torch.is_grad_enabled() else loss
+
+
+def all_at_once() -> tuple[type[TinyTrainer], dict[str, Any]]:
+    callbacks: dict[str, Any] = {
+        "ema": EMA(0.9, every_n_steps=2, start_step=1, average_buffers=True),
+        "swa": SWA(start_epoch=1, learning_rate=0.01, anneal_steps=2, evaluate_with="model"),
+        "unfreeze": Unfreeze({"net.0": Unfreezing(step=3, lr_scale=0.1, eval_mode=True)}),
+        "accumulation": GradientAccumulationScheduler({0: 3, 1: 2, 2: 1}),
+        "stopping": EarlyStopping(patience=30),
+        "times": StepTimes(),
+        "tests": LooksAtBest(),
+    }
+    options = {"on_nonfinite": "skip", "val_every_n_steps": 1, "num_samples": 19}
+    return AtOnce, {"callbacks": callbacks, "monitor": "val/loss", "keep_top_k": 2, **options}
+
+
 #: Feature -> (trainer class, options of `tiny_config`).
 FEATURES: dict[str, Callable[[], tuple[type[TinyTrainer], dict[str, Any]]]] = {
     "none": lambda: (TinyTrainer, {}),
+    "all at once": all_at_once,
     "averages: EMA": averages_exponentially,
     "averages: SWA": averages_late_weights,
     "display": says_all_that_it_can,

@@ -122,6 +122,8 @@ def _for_trial(config: Config, folder: str, steps: int) -> Config:
     made.training_parameters = steps_alone(
         limits,
         steps,
+        # Enough of them for the steps; some callbacks begin at a fraction of their number.
+        n_epochs=None if limits.n_epochs is None else max(limits.n_epochs, steps),
         train_steps_per_epoch=None,
         global_batch_size=None,
         gradient_accumulation_steps=2 if accumulates else 1,

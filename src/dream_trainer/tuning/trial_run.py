@@ -109,7 +109,19 @@ def _watch(trainer: Any, observer: Callback) -> None:
             ["this strategy starts ranks by itself, and a trial has started them already"],
             "Leave strategy out, or name one that does not fork or spawn.",
         )
+    # No validation is there to steer by, and what is measured does not depend on how well it goes.
+    vars(trainer).update(
+        stop=_go_on, named_schedulers=_no_schedulers, named_schedules=_no_schedulers
+    )
     trainer.callbacks = trainer.callbacks.followed_by(_NAME, observer)
+
+
+def _go_on(reason: str) -> None:
+    pass
+
+
+def _no_schedulers() -> dict[str, Any]:
+    return {}
 
 
 def _outcome_of(error: BaseException, trainer: Any) -> RankOutcome:

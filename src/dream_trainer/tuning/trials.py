@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.errors import ConfigError
+from dream_trainer.lazy_names import loading
 from dream_trainer.tuning.trial_run import RankOutcome, TrialJob, run_trial
 from dream_trainer.verification.processes import (
     StartMethod,
@@ -204,7 +205,8 @@ def worst(told: Sequence[RankOutcome]) -> RankOutcome:
 
 def _number_of_ranks(devices: DeviceParameters) -> int:
     # Here, because they load Fabric.
-    from dream_trainer.world.launchers import find_launcher
+    with loading():  # Fabric, maybe for the first time
+        from dream_trainer.world.launchers import find_launcher
     from dream_trainer.world.strategy import local_processes
 
     launched = find_launcher()
