@@ -120,7 +120,7 @@ def test_streams_of_the_program_callbacks_and_configuration_stay_as_they_were(
     assert flat(rng_state()) == streams
     assert recording.calls == []
     assert config == before
-    assert list(config.callbacks) == ["progress", "recording"]
+    assert list(config.callbacks) == ["summary", "progress", "recording"]
 
 
 @dataclasses.dataclass(kw_only=True)
