@@ -158,8 +158,9 @@ class MetricLogger(Callback):
         self.latest |= found
 
     def _take_step(self, trainer: BaseTrainer) -> None:
-        values, step = trainer.logged.take(), trainer.progress.num_steps
-        reduced = trainer.logged.take_reduced()
+        logged, step = trainer.logged, trainer.progress.num_steps
+        values = logged.take()
+        reduced = None if logged.reduced is None else logged.take_reduced()
         before, self._last_step = self._last_step, step
         is_row = values or reduced is not None or trainer.world.size > 1
         if is_row and reaches_multiple(step, self.every_n_steps, after=before):

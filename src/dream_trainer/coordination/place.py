@@ -33,7 +33,8 @@ _STEP = ("training_step", "backward", "optimizer step")
 #: Changes inside a step, which cost no clock.
 _PARTS_OF_STEP = frozenset(_NUMBERS[phase] for phase in _STEP)
 _COUNTED_AS = [
-    "train" if phase in _STEP else phase if phase in COUNTED else "other" for phase in PHASES
+    COUNTED.index("train" if phase in _STEP else phase if phase in COUNTED else "other")
+    for phase in PHASES
 ]
 _LAYOUT = struct.Struct("=qqqq")
 
@@ -141,7 +142,7 @@ class CountingPlace(Place):
     def begin(self, clock: Callable[[], float]) -> None:
         """Count from 0."""
         self._clock, self._since = clock, clock()
-        self._counted = dict.fromkeys(COUNTED, 0.0)
+        self._counted = [0.0] * len(COUNTED)
 
     def enter(self, phase: str) -> None:
         """Say what comes now, and count what came before it."""
@@ -163,9 +164,9 @@ class CountingPlace(Place):
     @property
     def seconds(self) -> dict[str, float]:
         """By what is in `COUNTED`, with what is under way."""
-        found = dict(self._counted)
+        found = list(self._counted)
         found[_COUNTED_AS[self._numbers[0]]] += self._clock() - self._since
-        return found
+        return dict(zip(COUNTED, found, strict=True))
 
     @property
     def seconds_here(self) -> float:
