@@ -32,6 +32,11 @@ class MeasuredValues:
         """Have a function asked at the end of every interval, in place of one of this name."""
         self._sources[name] = source
 
+    @property
+    def sources(self) -> list[str]:
+        """Names of the functions that are asked."""
+        return [*self._sources]
+
     def take(self, seconds: float) -> dict[str, float]:
         """End the interval. A host synchronisation where tensors were added.
 

@@ -280,3 +280,9 @@ def test_loggers_get_nothing_that_nobody_asked_for(tmp_path: Path) -> None:
     assert list(line["measured"]) == ["loader_wait", "samples_per_second"]
     rows = (trainer.run_directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(logger.rows) == len(rows)
+
+
+def test_what_is_measured_and_taken_by_nobody_is_told(tmp_path: Path) -> None:
+    alone = {"timeline": None, "memory": MemoryMonitor()}
+    with pytest.warns(UserWarning, match=r"nobody takes what is measured \(memory\)"):
+        tiny(tmp_path, callbacks=alone, enable=False).fit()

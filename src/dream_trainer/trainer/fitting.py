@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+import warnings
 from typing import TYPE_CHECKING
 
+from dream_trainer.callbacks import Timeline
 from dream_trainer.callbacks.run_summary import RunSummary, end_line
 from dream_trainer.errors import ConfigError
 from dream_trainer.randomness import all_preserved
@@ -31,6 +33,7 @@ def fit(trainer: BaseTrainer) -> None:
         _open_run(trainer)
         trainer.is_fitting = True
         trainer.callbacks.pre_fit(trainer)
+        _warn_of_lost_measurements(trainer)
         trainer.loop.sanity_check()
         # The streams of the first step depend on the seed, or on the checkpoint, alone.
         if not trainer.streams.take_up() and not trainer.progress.num_batches:
@@ -60,6 +63,16 @@ def _require_a_fresh_one(trainer: BaseTrainer) -> None:
         raise RuntimeError(
             "the ranks of this trainer have ended; what is here is what they left. Make a new "
             "one: it continues from the last checkpoint."
+        )
+
+
+def _warn_of_lost_measurements(trainer: BaseTrainer) -> None:
+    names = [one for one in trainer.callbacks if isinstance(trainer.callbacks[one], Timeline)]
+    if trainer.measured.sources and not names:
+        warnings.warn(
+            f"nobody takes what is measured ({', '.join(trainer.measured.sources)}): the run has "
+            "no Timeline. Leave callbacks.timeline as it is, or add one under another name.",
+            stacklevel=2,
         )
 
 
