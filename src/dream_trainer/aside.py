@@ -18,16 +18,15 @@ def steps_alone(parameters: TrainingParameters, steps: int, **changes: Any) -> T
         steps: optimizer steps.
         **changes: other fields.
     """
-    return replace(
-        parameters,
-        n_epochs=None,
-        max_steps=steps,
-        max_time=None,
-        val_every_n_epochs=None,
-        val_every_n_steps=None,
-        num_sanity_val_steps=0,
-        **changes,
-    )
+    alone: dict[str, Any] = {
+        "n_epochs": None,
+        "max_steps": steps,
+        "max_time": None,
+        "val_every_n_epochs": None,
+        "val_every_n_steps": None,
+        "num_sanity_val_steps": 0,
+    }
+    return replace(parameters, **alone | changes)
 
 
 def nothing_on_disk(parameters: CheckpointParameters) -> CheckpointParameters:

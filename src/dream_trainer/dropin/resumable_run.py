@@ -298,6 +298,7 @@ class ResumableRun:
     def _end_epoch(self) -> None:
         self._take_row()
         self.epoch += 1
+        self._position = 0
         self._was_read = False
         self._flush()
         self._check()
