@@ -18,6 +18,9 @@ PEERS = ROOT / ".nox" / "bench"
 INTEROP = ROOT / ".nox" / "interop"
 BROWSER = ROOT / ".nox" / "browser"
 
+#: Starts of whole programs, and every feature killed after every step: see `long`.
+LONG = ("tests/launch", "tests/test_examples.py", "tests/verification/test_everyday_features.py")
+
 nox.options.default_venv_backend = "venv"
 nox.options.sessions = ["lint", "types", "tests", "docs", "build"]
 
@@ -60,9 +63,16 @@ def tests(session: nox.Session) -> None:
     # One thread each: ranks started side by side would otherwise fight over the cores.
     command = ["python", "-m", "pytest", "-n", "auto", "--dist", "worksteal"]
     apart = [
-        f"--ignore=tests/{folder}" for folder in ("interop", "examples", "browser")
-    ]  # see below
+        f"--ignore={place}" for place in ("tests/interop", "tests/examples", "tests/browser", *LONG)
+    ]
     run_in_dev(session, *command, *apart, *session.posargs, OMP_NUM_THREADS="1")
+
+
+@nox.session(venv_backend="none")
+def long(session: nox.Session) -> None:
+    """Start runs in every way, and kill one with each feature after every step (3 minutes)."""
+    command = ["python", "-m", "pytest", "-n", "auto", "--dist", "worksteal"]
+    run_in_dev(session, *command, *(session.posargs or LONG), OMP_NUM_THREADS="1")
 
 
 @nox.session(venv_backend="none")
