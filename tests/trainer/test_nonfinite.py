@@ -249,6 +249,26 @@ def test_all_ranks_skip_what_one_of_them_has_met(
     assert one == other
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize("options", [{"dp_replicate": 2}, {"dp_shard": 2}], ids=str)
+@pytest.mark.parametrize("policy", ["raise", "skip"])
+def test_what_one_rank_has_met_ends_the_run_of_all(
+    tmp_path: Path, options: dict[str, Any], policy: str
+) -> None:
+    def rank() -> str:
+        kind = type("Bad", (Normed,), {"bad_rank": 1, "bad_batches": (1, 2)})
+        trainer = skipping(tmp_path, kind, on_nonfinite=policy, max_skipped_in_a_row=1, **options)
+        with pytest.raises(NonFiniteError) as caught:
+            trainer.fit()
+        assert not list((trainer.run_directory / "checkpoints").glob("step-*"))
+        return str(caught.value)
+
+    one, other = run_ranks(2, rank)
+    assert one == other
+    where = "step 2 (epoch 0, batch 1)" if policy == "raise" else "step 3 (epoch 0, batch 2)"
+    assert where in one
+
+
 def test_without_anything_to_skip_the_numbers_are_those_of_raise(tmp_path: Path) -> None:
     good = type("Good", (Normed,), {"bad_batches": ()})
     runs = [
