@@ -80,11 +80,12 @@ def export(
     trainer: BaseTrainer, path: Path, *, model: str | None, example: Any, overwrite: bool
 ) -> Path:
     """See `BaseTrainer.export`. A collective, with the weights to export in place."""
-    _check_target(path, overwrite)
+    ranks = trainer.world.ranks
+    # Rank 0 looks: a slower rank would take what it has written for somebody else's.
+    ranks.on_zero(lambda: _check_target(path, overwrite))
     is_whole = model is None and path.suffix in _WEIGHTS
     names = list(trainer.components.models) if is_whole else [_model_name(trainer, model)]
     states = _whole_states(trainer, names)
-    ranks = trainer.world.ranks
     if path.suffix in _WEIGHTS:
         facts = {"step": str(trainer.global_step), "epoch": str(trainer.current_epoch)}
         ranks.on_zero(lambda: write_weights(path, states, facts))
