@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,10 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.ui import WebDriverWait
 
+_IN_SIGHT = (
+    "[...document.querySelectorAll('.plot')].filter("
+    "p => p.getBoundingClientRect().bottom > 0 && p.getBoundingClientRect().top < innerHeight)"
+)
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -46,8 +49,8 @@ class Browser:
 
     def shoot(self, path: Path, selector: str | None = None) -> None:
         """Write what is seen, or one element, as a PNG file."""
-        self.until("[...document.querySelectorAll('.plot')].some(p => p.querySelector('.trace'))")
-        time.sleep(0.5)  # charts that came into sight are drawn one by one
+        # Charts that came into sight are drawn one by one.
+        self.until(f"{_IN_SIGHT}.length && {_IN_SIGHT}.every(p => p.querySelector('.trace'))")
         if selector is None:
             self.driver.save_screenshot(str(path))
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,17 @@ def test_one_skip_too_many_in_a_row_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=message):  # the count goes on after a restart
         again.fit()
     assert skipping(tmp_path, kind, max_skipped_in_a_row=None).fit() is None
+
+
+def test_the_first_ten_are_told_one_by_one_and_then_every_hundredth(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind = type("Bad", (Normed,), {"bad_batches": range(6)})
+    trainer = skipping(tmp_path, kind, max_skipped_in_a_row=None, n_epochs=17)
+    trainer.fit()
+    told = re.findall(r"^skipped step (\d+) ", capsys.readouterr().out, flags=re.MULTILINE)
+    assert told == [*map(str, range(1, 11)), "100"]
+    assert trainer.progress.num_skipped_steps == 17 * 6
 
 
 def test_two_optimizers_have_counts_of_their_own(tmp_path: Path) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dream_trainer.callbacks.callback import HOOKS, Callback
 from dream_trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
+
+Kind = TypeVar("Kind", bound=Callback)
 
 
 class CallbackList(Callback):
@@ -94,6 +96,10 @@ class CallbackList(Callback):
     def holding_weights(self) -> dict[str, Any]:
         """The callbacks, by name, whose state holds weights for evaluations."""
         return {name: one for name, one in self._callbacks.items() if one.holds_weights}
+
+    def of_kind(self, kind: type[Kind]) -> dict[str, Kind]:
+        """The callbacks, by name, that are of a class."""
+        return {name: one for name, one in self._callbacks.items() if isinstance(one, kind)}
 
     def preceded_by(self, name: str, callback: Callback) -> CallbackList:
         """The same callbacks, after another one."""

@@ -87,8 +87,7 @@ class ProgressBar(Callback):
         # Not what the trainer says: a callback may evaluate in the middle of a fit.
         self._is_in_fit = True
         self._num_steps = _steps_of_run(trainer)
-        loggers = (trainer.callbacks[name] for name in trainer.callbacks)
-        self._log = next((one for one in loggers if isinstance(one, MetricLogger)), None)
+        self._log = next(iter(trainer.callbacks.of_kind(MetricLogger).values()), None)
         self._results = self._chosen(trainer.validation_results)
         self._results_step = trainer.progress.last_validation_step
 

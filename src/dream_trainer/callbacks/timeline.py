@@ -57,8 +57,7 @@ class Timeline(Callback):
             return
         self._num_batches = self._num_samples = self._last_samples = 0
         self._end, self._last_train, self._last_loader = None, 0.0, 0.0
-        all_callbacks = [trainer.callbacks[name] for name in trainer.callbacks]
-        self._savers = [one for one in all_callbacks if isinstance(one, CheckpointCallback)]
+        self._savers = [*trainer.callbacks.of_kind(CheckpointCallback).values()]
         self._begun = [one.begun for one in self._savers]
         if trainer.writes_run_directory:
             self._file = TimelineFile(trainer.run_directory / TIMELINE_NAME)

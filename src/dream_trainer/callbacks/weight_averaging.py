@@ -233,9 +233,8 @@ class WeightAveraging(Callback):
         mine = set(found if self.models is None else self.models)
         several = [
             name
-            for name in trainer.callbacks
-            if isinstance(one := trainer.callbacks[name], WeightAveraging)
-            and one.evaluate_with == self.evaluate_with == "average"
+            for name, one in trainer.callbacks.of_kind(WeightAveraging).items()
+            if one.evaluate_with == self.evaluate_with == "average"
             and mine.intersection(found if one.models is None else one.models)
         ]
         if len(several) > 1:

@@ -236,11 +236,9 @@ def _model_plan(
 
 
 def _averages(trainer: BaseTrainer, components: Components) -> Counts:
-    callbacks = (trainer.callbacks[name] for name in trainer.callbacks)
     return add_counts(
         {replace(TensorKind.of(weight), itemsize=dtype.itemsize): 1}
-        for one in callbacks
-        if isinstance(one, WeightAveraging)
+        for one in trainer.callbacks.of_kind(WeightAveraging).values()
         for weight, dtype in one.planned(components.models, components.optimizers)
     )
 

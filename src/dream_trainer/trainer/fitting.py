@@ -67,8 +67,7 @@ def _require_a_fresh_one(trainer: BaseTrainer) -> None:
 
 
 def _warn_of_lost_measurements(trainer: BaseTrainer) -> None:
-    names = [one for one in trainer.callbacks if isinstance(trainer.callbacks[one], Timeline)]
-    if trainer.measured.sources and not names:
+    if trainer.measured.sources and not trainer.callbacks.of_kind(Timeline):
         warnings.warn(
             f"nobody takes what is measured ({', '.join(trainer.measured.sources)}): the run has "
             "no Timeline. Leave callbacks.timeline as it is, or add one under another name.",
@@ -93,5 +92,4 @@ def _open_run(trainer: BaseTrainer) -> None:
 
 def _has_summary(trainer: BaseTrainer) -> bool:
     """Whether a callback says how the run starts and ends."""
-    callbacks = trainer.callbacks
-    return any(isinstance(callbacks[name], RunSummary) for name in callbacks)
+    return bool(trainer.callbacks.of_kind(RunSummary))

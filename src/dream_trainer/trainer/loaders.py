@@ -173,11 +173,7 @@ def accumulation_scheduler(callbacks: CallbackList) -> GradientAccumulationSched
     Raises:
         ConfigError: there are several.
     """
-    found = {
-        name: one
-        for name in callbacks
-        if isinstance(one := callbacks[name], GradientAccumulationScheduler)
-    }
+    found = callbacks.of_kind(GradientAccumulationScheduler)
     if len(found) > 1:
         raise ConfigError(
             "callbacks",

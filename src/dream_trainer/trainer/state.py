@@ -40,9 +40,8 @@ def gather_state(trainer: BaseTrainer) -> dict[str, Any]:
             "the state cannot be taken between the batches of a validation: streams and modes are "
             "those of the validation. Take it in post_validation_epoch, or better in on_boundary."
         )
-    for name in trainer.callbacks:
-        if isinstance(callback := trainer.callbacks[name], MetricLogger):
-            callback.collect(trainer)
+    for logger in trainer.callbacks.of_kind(MetricLogger).values():
+        logger.collect(trainer)
     models = trainer.components.models
     is_in_window = trainer.progress.num_batches_in_window > 0
     components = trainer.components.state_dict()

@@ -134,7 +134,7 @@ class Observer(Callback):
 
 def state_of_run(trainer: BaseTrainer) -> Leaves:
     """The leaves of ``trainer.state_dict()``, without clocks and without the log's length."""
-    loggers = [n for n in trainer.callbacks if isinstance(trainer.callbacks[n], MetricLogger)]
+    loggers = trainer.callbacks.of_kind(MetricLogger)
     # The log is compared line by line, where a value that is a time can be told apart.
     logs = {f"callbacks.{name}.{key}" for name in loggers for key in ("size", "crc32")}
     # Where a run ends is told as such, and why it was stopped may be any text.
