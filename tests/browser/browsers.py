@@ -50,7 +50,8 @@ class Browser:
     def shoot(self, path: Path, selector: str | None = None) -> None:
         """Write what is seen, or one element, as a PNG file."""
         # Charts that came into sight are drawn one by one.
-        self.until(f"{_IN_SIGHT}.length && {_IN_SIGHT}.every(p => p.querySelector('.trace'))")
+        self.until("document.querySelector('.plot .trace')")
+        self.until(f"{_IN_SIGHT}.every(p => p.querySelector('.trace'))")
         if selector is None:
             self.driver.save_screenshot(str(path))
         else:
